@@ -420,12 +420,12 @@ class Scene:
     def render(self, frames: int = 16, size: int = 32, trail: bool = True) -> np.ndarray:
         return render_scene(self, frames, size, trail)
 
-# %% ../nbs/01_video.ipynb #bd449002
+# %% ../nbs/01_video.ipynb #afe781b7
 def caption_variant(scene: Scene, kind: int = 0) -> str:
     "The caption of a scene: whole (0), without background (1), without motion (2), with neither (3)."
     motion = "" if kind in (2, 3) else " " + scene.motion
     ground = "" if kind in (1, 3) else f" on a {scene.background} background"
-    return f"a {scene.colour} {scene.shape}{motion}{ground}"
+    return f"{'an' if scene.colour[0] in 'aeiou' else 'a'} {scene.colour} {scene.shape}{motion}{ground}"
 
 # %% ../nbs/01_video.ipynb #cf6f7c13
 def speed_arcs(x, y, radius, angle, direction: float, size: int) -> Tensor:
