@@ -80,16 +80,17 @@ def world_words() -> list[str]:
     words = {"a", "on", "background", "counterclockwise", *COLOURS, *SHAPES, *BACKGROUNDS}
     return sorted(words | {word for motion in MOTIONS for word in motion.split()})
 
-# %% ../nbs/03_latents.ipynb #bf3986d6
+# %% ../nbs/03_latents.ipynb #9276a25a
 def word_tokenizer(words: Sequence[str], max_length: int = 16) -> PreTrainedTokenizerFast:
     """A tokenizer with one number for each word, between a start and an end, filled up with the end to `max_length`.
 
-    Capitals and punctuation do not count. Ids: start 0, end 1, unknown 2, then `words` in their order.
+    Capitals and punctuation do not count, and "an" is "a". Ids: start 0, end 1, unknown 2, then `words` in their order.
     """
     vocabulary = {word: i for i, word in enumerate([START, END, UNKNOWN, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    no_punctuation = normalizers.Replace(Regex(r"[^\w\s]"), " ")
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), no_punctuation])
+    same = {r"\b(counter|anti)[ -]clockwise\b": "anticlockwise", r"[^\w\s]": " ", r"\ban\b": "a"}
+    replace = [normalizers.Replace(Regex(pattern), text) for pattern, text in same.items()]
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *replace])
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{START} $A {END}", special_tokens=[(START, 0), (END, 1)])

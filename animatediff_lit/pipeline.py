@@ -489,8 +489,8 @@ def write_demo(videos: Sequence[Video], names: Sequence[str], folder: Path) -> P
     write_whole(folder / "contact_sheet.png", png(contact_sheet(list(videos))))
     return folder / "contact_sheet.png"
 
-# %% ../nbs/09_sampling.ipynb #9ec77a46
-def run_demo(prompt: str | None, out: str | Path, steps: int = 25, seed: int = 0, guidance: float = 7.5, model: str = "nano") -> Path:
+# %% ../nbs/09_sampling.ipynb #dfe12b0a
+def run_demo(prompt: str | None, out: str | Path, steps: int = 25, seed: int = 0, guidance: float = 3.0, model: str = "nano") -> Path:
     "Animate `prompt` with four seeds, or `demo_prompts` with one, into the folder `out`; the path of the contact sheet."
     if Path(out).exists() and not Path(out).is_dir(): raise NotADirectoryError(f"{out} is a file: give a folder for the animations.")
     print(f"Loading {model} ...", flush=True)
@@ -509,7 +509,7 @@ def run_demo(prompt: str | None, out: str | Path, steps: int = 25, seed: int = 0
     names = [f"{slug(text)}-seed-{s}" if prompt is not None else f"{i:02}-{slug(text)}" for i, (text, s) in enumerate(zip(prompts, seeds), 1)]
     return write_demo(videos, names, Path(out))
 
-# %% ../nbs/09_sampling.ipynb #d08448fa
+# %% ../nbs/09_sampling.ipynb #2c368722
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     "The options of the command line, by the names of `run_demo`."
     parser = argparse.ArgumentParser(prog="python -m animatediff_lit.pipeline", description="Text to animations.",
@@ -518,7 +518,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", default="demo", help="folder for the animations and the contact sheet")
     parser.add_argument("--steps", type=int, default=25, help="denoising steps")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first animation")
-    parser.add_argument("--guidance", type=float, default=7.5, help="how much to insist on the text; 1 or less: no guidance")
+    parser.add_argument("--guidance", type=float, default=3.0, help="how much to insist on the text; 1 or less: no guidance")
     parser.add_argument("--model", default="nano", help="'nano', a folder, or a Hugging Face Hub id")
     return parser.parse_args(argv)
 

@@ -118,7 +118,7 @@ class Run:
         torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.trainable.values()], 1 - decay)
         self.step += 1
 
-# %% ../nbs/10_training.ipynb #edb9c2d7
+# %% ../nbs/10_training.ipynb #74c035d0
 def fit(model: nn.Module, draw: Callable, loss_fn: Callable, recipe: Recipe, checkpoint: str | Path | None = None,
         accelerator: Any = None, label: str = "training", until: int | None = None) -> list[dict[str, float]]:
     """Train the unfrozen parameters of `model` and leave their running average in it; returns the log.
@@ -139,7 +139,7 @@ def fit(model: nn.Module, draw: Callable, loss_fn: Callable, recipe: Recipe, che
         run.update()
         for k, v in {"loss": loss.item(), **numbers}.items(): logs[k].append(v)
         if run.step % recipe.log_every == 0 or run.step == last:
-            run.history.append({"step": run.step, "seconds": time.perf_counter() - start, **{k: float(np.nanmean(v)) for k, v in logs.items()}})
+            run.history.append({"step": run.step, "seconds": time.perf_counter() - start, **{k: torch.tensor(v).nanmean().item() for k, v in logs.items()}})
             bar.set_postfix(loss=f"{run.history[-1]['loss']:.4f}")
             logs.clear()
         if checkpoint and main and (run.step % recipe.save_every == 0 or run.step == last): save_checkpoint(run.state(), checkpoint)
