@@ -12,6 +12,7 @@ import re
 import sys
 import tempfile
 from contextlib import contextmanager
+from importlib import import_module
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Callable, Iterator, Self, Sequence
@@ -25,12 +26,12 @@ from .video import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, Scene, Video, contact_
 
 # %% auto #0
 __all__ = ['NANO', 'EXAMPLE', 'PROTOCOL', 'PARTS', 'FILES', 'HUB_ID', 'SAME_NAME', 'quiet', 'first_line', 'last_line', 'reading',
-           'read_json', 'load_network', 'load_unet', 'load_parts', 'guide', 'predict', 'is_whole', 'seeds_for',
-           'draw_noise', 'step_options', 'check_change', 'denoise', 'as_prompts', 'as_negatives', 'check_whole',
-           'check_number', 'latent_side', 'latent_shape', 'check_latents', 'check_settings', 'find_folder',
-           'find_model', 'find_motion', 'split_config', 'split_unet', 'replace_folder', 'write_index', 'tidy',
-           'save_parts', 'PipelineParts', 'AnimationPipeline', 'demo_prompts', 'slug', 'write_demo', 'run_demo',
-           'parse', 'main']
+           'read_json', 'load_network', 'load_unet', 'load_rest', 'load_parts', 'guide', 'predict', 'is_whole',
+           'seeds_for', 'draw_noise', 'step_options', 'check_change', 'denoise', 'as_prompts', 'as_negatives',
+           'check_whole', 'check_number', 'latent_side', 'latent_shape', 'check_latents', 'check_settings',
+           'find_folder', 'find_model', 'find_motion', 'is_plain', 'split_config', 'split_unet', 'replace_folder',
+           'write_index', 'tidy', 'save_parts', 'PipelineParts', 'AnimationPipeline', 'demo_prompts', 'slug',
+           'write_demo', 'run_demo', 'parse', 'main']
 
 # %% ../nbs/09_sampling.ipynb #bc6cbff3
 NANO = Path(animatediff_lit.__file__).parent / "weights" / "nano"
@@ -97,9 +98,8 @@ def load_unet(image_folder: Path, motion_folder: Path, motion_norm: str | None =
     return unet
 
 # %% ../nbs/09_sampling.ipynb #7dffa50f
-def load_parts(folder: Path, motion_folder: Path, motion_norm: str | None = None) -> dict[str, Any]:
-    "All parts of a pipeline folder, in float32, by name. Nothing goes to the network."
-    unet = load_unet(folder / "unet", motion_folder, motion_norm)
+def load_rest(folder: Path) -> dict[str, Any]:
+    "All parts of a pipeline folder but the UNet, in float32, by name. Nothing goes to the network."
     import diffusers
     from transformers import AutoTokenizer, CLIPTextModel
     vae = load_network(diffusers.AutoencoderKL, folder / "vae", torch_dtype=torch.float32)
@@ -108,7 +108,11 @@ def load_parts(folder: Path, motion_folder: Path, motion_norm: str | None = None
         tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     config = read_json(folder / "scheduler" / "scheduler_config.json")
     with reading(folder / "scheduler"): scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
-    return dict(unet=unet, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler)
+    return dict(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler)
+
+def load_parts(folder: Path, motion_folder: Path, motion_norm: str | None = None) -> dict[str, Any]:
+    "All parts of a pipeline folder."
+    return dict(unet=load_unet(folder / "unet", motion_folder, motion_norm), **load_rest(folder))
 
 # %% ../nbs/09_sampling.ipynb #54ebfc78
 def guide(without: Tensor, with_text: Tensor, scale: float) -> Tensor:
@@ -307,8 +311,13 @@ def find_motion(folder: Path, motion: str | Path | None = None) -> Path:
             if (folder / "config.json").is_file(): return folder
             raise FileNotFoundError(f"{folder} holds no motion adapter: it needs a config.json, or a folder motion_adapter.")
     if (folder / "motion_adapter" / "config.json").is_file(): return folder / "motion_adapter"
-    advice = "name one with motion=..., a folder or a Hugging Face Hub id"
+    advice = "name one with motion=..., a file, a folder or a Hugging Face Hub id"
     raise FileNotFoundError(f"{folder} has no motion_adapter, so it is an image model: {advice}.")
+
+def is_plain(path: str | Path, motion: Any = None, max_frames: int | None = None) -> bool:
+    "Whether this is a pipeline folder as we save it, with nothing changed; chapter 14 reads the others."
+    if motion is not None or max_frames is not None or Path(path).suffix == ".safetensors": return False
+    return read_json(find_model(path) / "unet" / "config.json").get("_class_name") != "UNetMotionModel"
 
 # %% ../nbs/09_sampling.ipynb #72378f0a
 SAME_NAME = ("sample_size", "in_channels", "out_channels", "block_out_channels", "layers_per_block", "downsample_padding",
@@ -406,14 +415,20 @@ class PipelineParts:
         self.tokenizer, self.scheduler = tokenizer, scheduler
 
     @classmethod
-    def from_pretrained(cls, path: str | Path = "nano", motion: str | Path | None = None, motion_norm: str | None = None) -> Self:
-        """The shipped "nano", or a folder or Hugging Face Hub id in the layout of diffusers.
+    def from_pretrained(cls, path: str | Path = "nano", motion: str | Path | Any = None, motion_norm: str | None = None, scheduler: Any = None,
+                        max_frames: int | None = None, config: str | Path | None = None) -> Self:
+        """The shipped "nano", or a folder or Hugging Face Hub id in the layout of diffusers, or an image model in one `.safetensors`.
 
-        `motion` names another motion adapter, folder or id. Released adapters want a scheduler with linear betas,
-        0.00085 to 0.012. A missing folder or part raises a FileNotFoundError, a damaged file a ValueError.
+        `motion` names other motion modules, in any file that chapter 14 reads; what they were trained with follows from it: the
+        scheduler, the `motion_norm`, and `max_frames`, which may all be given instead. `config`: the folder or id with the configs
+        and the tokenizer of a single file. What is missing raises a FileNotFoundError, a damaged file a ValueError.
         """
-        folder = find_model(path)
-        return cls(**load_parts(folder, find_motion(folder, motion), motion_norm))
+        if is_plain(path, motion, max_frames):
+            folder = find_model(path)
+            parts = load_parts(folder, find_motion(folder), motion_norm)
+            return cls(**parts | ({} if scheduler is None else {"scheduler": scheduler}))
+        checkpoints = import_module("animatediff_lit.checkpoints")                               # a later chapter, where it is needed
+        return cls(**checkpoints.load_pipeline(path, motion, motion_norm, scheduler, max_frames, config))
 
     def save_pretrained(self, folder: str | Path, half: bool = False) -> Path:
         """Write a folder for `from_pretrained` and diffusers' `AnimateDiffPipeline`; `half`: the weights in float16.
