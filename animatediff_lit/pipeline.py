@@ -505,7 +505,7 @@ def write_demo(videos: Sequence[Video], names: Sequence[str], folder: Path) -> P
     return folder / "contact_sheet.png"
 
 # %% ../nbs/09_sampling.ipynb #dfe12b0a
-def run_demo(prompt: str | None, out: str | Path, steps: int = 25, seed: int = 0, guidance: float = 3.0, model: str = "nano") -> Path:
+def run_demo(prompt: str | None, out: str | Path, steps: int = 25, seed: int = 0, guidance: float = 2.0, model: str = "nano") -> Path:
     "Animate `prompt` with four seeds, or `demo_prompts` with one, into the folder `out`; the path of the contact sheet."
     if Path(out).exists() and not Path(out).is_dir(): raise NotADirectoryError(f"{out} is a file: give a folder for the animations.")
     print(f"Loading {model} ...", flush=True)
@@ -533,7 +533,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", default="demo", help="folder for the animations and the contact sheet")
     parser.add_argument("--steps", type=int, default=25, help="denoising steps")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first animation")
-    parser.add_argument("--guidance", type=float, default=3.0, help="how much to insist on the text; 1 or less: no guidance")
+    parser.add_argument("--guidance", type=float, default=2.0, help="how much to insist on the text; 1 or less: no guidance")
     parser.add_argument("--model", default="nano", help="'nano', a folder, or a Hugging Face Hub id")
     return parser.parse_args(argv)
 

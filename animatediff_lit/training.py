@@ -5,33 +5,37 @@
 # %% ../nbs/10_training.ipynb #3cf2c948
 from __future__ import annotations
 import argparse
+import json
 import math
 import os
 import time
 from collections import defaultdict
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any, Callable, Iterator, Mapping, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from matplotlib.figure import Figure
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from .diffusion import NoiseSchedule
+from .evaluation import VIDEO_ENCODER, NanoCLIP, VideoEncoder, grid, judge, summary, to_model
 from .latents import encode_text, encode_video, nano_autoencoder, nano_text_encoder, word_tokenizer, world_words
 from .pipeline import AnimationPipeline
 from .unet import UNet3DConditionModel
-from .video import COLOURS, MOTIONS, SHAPES, Scene, caption_variant, draw_scenes, read_clip
+from .video import Scene, VideoFolder, caption_variant, contact_sheet, draw_scenes
 
 # %% auto #0
 __all__ = ['OPPOSITES', 'CAPTION_MIX', 'STILLS_BIAS', 'NANO_RECIPES', 'step_generator', 'Recipe', 'learning_rate',
-           'save_checkpoint', 'load_checkpoint', 'my_part', 'Run', 'fit', 'to_model', 'autoencoder_loss',
-           'render_clips', 'draw_frames', 'VideoEncoder', 'NanoCLIP', 'reverse_motion', 'contrastive_loss',
-           'caption_ids', 'draw_pairs', 'LatentClips', 'embed_captions', 'encode_clips', 'nano_schedule',
-           'denoising_loss', 'train_images', 'train_motion', 'reversal_probe', 'nano_scheduler', 'train_encoders',
-           'train_nano', 'main', 'score_clips', 'test_scenes']
+           'save_checkpoint', 'load_checkpoint', 'my_part', 'Run', 'fit', 'autoencoder_loss', 'render_clips',
+           'draw_frames', 'reverse_motion', 'contrastive_loss', 'captions_of', 'caption_ids', 'draw_pairs',
+           'LatentClips', 'embed_captions', 'encode_clips', 'nano_schedule', 'denoising_loss', 'train_images',
+           'train_motion', 'reversal_probe', 'nano_scheduler', 'tokenizer_for', 'train_encoders', 'loss_figure',
+           'watcher', 'film_clips', 'train_stages', 'save_nano', 'train_nano', 'main']
 
 # %% ../nbs/10_training.ipynb #0d4b1a48
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -53,6 +57,7 @@ class Recipe:
     seed: int = 0
     save_every: int = 250
     log_every: int = 100
+    watch_every: int = 1000
 
 # %% ../nbs/10_training.ipynb #9dfa2b44
 def learning_rate(step: int, recipe: Recipe) -> float:
@@ -105,8 +110,20 @@ class Run:
         state = load_checkpoint(path, self.trainable)
         self.step, self.history = state["step"], state["history"]
         self.optimizer.load_state_dict(state["optimizer"])
-        with torch.no_grad():
-            for n, p in self.trainable.items(): p.copy_(state["model"][n]); self.average[n].copy_(state["average"][n])
+        self.average = state["average"]
+        self.put(state["model"])
+
+    @torch.no_grad()
+    def put(self, weights: Mapping[str, Tensor]) -> None:
+        for n, p in self.trainable.items(): p.copy_(weights[n])
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        "Inside, the model has the averaged weights."
+        own = {n: p.detach().clone() for n, p in self.trainable.items()}
+        self.put(self.average)
+        try: yield
+        finally: self.put(own)
 
     def update(self) -> None:
         "One step of the optimizer with the gradients at hand, and one of the average."
@@ -120,11 +137,13 @@ class Run:
 
 # %% ../nbs/10_training.ipynb #74c035d0
 def fit(model: nn.Module, draw: Callable, loss_fn: Callable, recipe: Recipe, checkpoint: str | Path | None = None,
-        accelerator: Any = None, label: str = "training", until: int | None = None) -> list[dict[str, float]]:
+        accelerator: Any = None, label: str = "training", until: int | None = None,
+        watch: Callable[[int, list], None] | None = None) -> list[dict[str, float]]:
     """Train the unfrozen parameters of `model` and leave their running average in it; returns the log.
 
     `draw(generator, batch)` gives a dict of tensors with `batch` rows, `loss_fn(model, **tensors)` a loss and a dict of
     numbers to log. With `checkpoint`, the run is saved there and continues from there. `until` stops early, as a kill would.
+    `watch(step, history)` is called every `recipe.watch_every` steps, while the model has its averaged weights.
     """
     run, part = Run(model, recipe), my_part(recipe.batch, accelerator)
     if checkpoint and Path(checkpoint).exists(): run.load(checkpoint)
@@ -142,16 +161,11 @@ def fit(model: nn.Module, draw: Callable, loss_fn: Callable, recipe: Recipe, che
             run.history.append({"step": run.step, "seconds": time.perf_counter() - start, **{k: torch.tensor(v).nanmean().item() for k, v in logs.items()}})
             bar.set_postfix(loss=f"{run.history[-1]['loss']:.4f}")
             logs.clear()
+        if watch and main and run.step % recipe.watch_every == 0:
+            with run.averaged(): watch(run.step, run.history)
         if checkpoint and main and (run.step % recipe.save_every == 0 or run.step == last): save_checkpoint(run.state(), checkpoint)
-    if run.step == recipe.steps:
-        with torch.no_grad():
-            for n, p in run.trainable.items(): p.copy_(run.average[n])
+    if run.step == recipe.steps: run.put(run.average)
     return run.history
-
-# %% ../nbs/10_training.ipynb #3050a619
-def to_model(frames: Tensor) -> Tensor:
-    "uint8 `(..., h, w, 3)` -> float `(..., 3, h, w)` in [-1, 1], as the autoencoder takes it."
-    return frames.movedim(-1, -3).float() / 127.5 - 1
 
 # %% ../nbs/10_training.ipynb #8a2677cd
 def autoencoder_loss(vae: nn.Module, frames: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, float]]:
@@ -172,31 +186,6 @@ def draw_frames(clips: Tensor) -> Callable[[torch.Generator, int], dict[str, Ten
     "Single frames out of `clips`, and the noise for their latents."
     pool, side = clips.flatten(0, 1), clips.shape[-2] // 4
     return lambda g, batch: {"frames": pool[torch.randint(len(pool), (batch,), generator=g)], "noise": torch.randn(batch, 4, side, side, generator=g)}
-
-# %% ../nbs/10_training.ipynb #9d2628ed
-class VideoEncoder(nn.Module):
-    "Clips of 32 x 32 pixels, `(b, frames, 3, 32, 32)`, to one vector each, `(b, dim)`."
-
-    def __init__(self, frames: int = 16, dim: int = 64):
-        super().__init__()
-        self.net = nn.Sequential(nn.Conv2d(3 * frames, 64, 5, 2, 2), nn.SiLU(), nn.Conv2d(64, 96, 3, 2, 1), nn.SiLU(),
-                                 nn.Conv2d(96, 128, 3, 2, 1), nn.SiLU(), nn.Flatten(), nn.Linear(128 * 16, dim))
-
-    def forward(self, clips: Tensor) -> Tensor:
-        return self.net(clips.flatten(1, 2))
-
-# %% ../nbs/10_training.ipynb #c0b38a70
-class NanoCLIP(nn.Module):
-    "A text encoder and a video encoder that meet in one space: `forward` gives their similarities, `(clips, captions)`."
-
-    def __init__(self, text: nn.Module, video: nn.Module):
-        super().__init__()
-        self.text, self.video, self.logit_scale = text, video, nn.Parameter(torch.tensor(2.65))
-
-    def forward(self, ids: Tensor, clips: Tensor) -> Tensor:
-        words = F.normalize(self.text(input_ids=ids).pooler_output, dim=-1)
-        sights = F.normalize(self.video(to_model(clips)), dim=-1)
-        return self.logit_scale.exp().clamp(max=100) * sights @ words.T
 
 # %% ../nbs/10_training.ipynb #b15b669f
 OPPOSITES = {"left": "right", "up": "down", "clockwise": "anticlockwise", "growing": "shrinking"}
@@ -221,17 +210,23 @@ def contrastive_loss(model: NanoCLIP, ids: Tensor, opposite: Tensor, clips: Tens
 # %% ../nbs/10_training.ipynb #9a7db895
 CAPTION_MIX = (0.5, 0.2, 0.1, 0.1)          # whole, without background, without motion, with neither; the rest is the empty prompt
 
+# %% ../nbs/10_training.ipynb #f3c80129
+def captions_of(scene: Scene) -> tuple[str, ...]:
+    "A scene's caption in the four forms of CAPTION_MIX."
+    return tuple(caption_variant(scene, kind) for kind in range(4))
+
+# %% ../nbs/10_training.ipynb #e0f5de5f
 def caption_ids(tokenizer: Any, captions: Sequence[str]) -> Tensor:
     "Token ids `(n, tokens)`, padded to the tokenizer's length."
     return tokenizer(list(captions), padding="max_length", return_tensors="pt").input_ids
 
-def draw_pairs(scenes: Sequence[Scene], clips: Tensor, tokenizer: Any) -> Callable[[torch.Generator, int], dict[str, Tensor]]:
-    "Captions in one of their variants, the reversed captions, and the clips."
-    kinds = [[caption_variant(s, k) for s in scenes] for k in range(4)]
-    ids = torch.stack([caption_ids(tokenizer, captions) for captions in kinds], 1)
-    opposite = torch.stack([caption_ids(tokenizer, map(reverse_motion, captions)) for captions in kinds], 1)
+# %% ../nbs/10_training.ipynb #74764e95
+def draw_pairs(captions: Sequence[Sequence[str]], clips: Tensor, tokenizer: Any) -> Callable[[torch.Generator, int], dict[str, Tensor]]:
+    "Captions in one of their forms, the reversed captions, and the clips."
+    ids = torch.stack([caption_ids(tokenizer, form) for form in zip(*captions)], 1)
+    opposite = torch.stack([caption_ids(tokenizer, map(reverse_motion, form)) for form in zip(*captions)], 1)
     def draw(g: torch.Generator, batch: int) -> dict[str, Tensor]:
-        i, k = torch.randint(len(scenes), (batch,), generator=g), torch.multinomial(torch.tensor(CAPTION_MIX), batch, True, generator=g)
+        i, k = torch.randint(len(clips), (batch,), generator=g), torch.multinomial(torch.tensor(CAPTION_MIX), batch, True, generator=g)
         return {"ids": ids[i, k], "opposite": opposite[i, k], "clips": clips[i]}
     return draw
 
@@ -262,18 +257,19 @@ def embed_captions(text_encoder: nn.Module, tokenizer: Any, captions: Sequence[s
     "Text embeddings `(n, tokens, dim)`."
     return torch.cat([encode_text(tokenizer, text_encoder, captions[i:i + 256]) for i in range(0, len(captions), 256)])
 
-def encode_clips(scenes: Sequence[Scene], clips: Tensor, vae: nn.Module, text_encoder: nn.Module, tokenizer: Any) -> LatentClips:
+def encode_clips(captions: Sequence[Sequence[str]], clips: Tensor, vae: nn.Module, text_encoder: nn.Module, tokenizer: Any) -> LatentClips:
     "Run both frozen encoders over everything, once."
     latents = torch.cat([encode_video(vae, to_model(part).transpose(1, 2)).half() for part in tqdm(clips.split(8), desc="encoding", disable="IN_TEST" in os.environ)])
-    captions = [[caption_variant(s, kind) for kind in range(4)] + [""] for s in scenes]
-    number = {caption: i for i, caption in enumerate(sorted({c for row in captions for c in row}))}
-    return LatentClips(latents, torch.tensor([[number[c] for c in row] for row in captions]), embed_captions(text_encoder, tokenizer, list(number)))
+    rows = [(*forms, "") for forms in captions]
+    number = {caption: i for i, caption in enumerate(sorted({c for row in rows for c in row}))}
+    return LatentClips(latents, torch.tensor([[number[c] for c in row] for row in rows]), embed_captions(text_encoder, tokenizer, list(number)))
 
 # %% ../nbs/10_training.ipynb #dfe71a55
 def nano_schedule() -> NoiseSchedule:
     "The schedule that nano is trained with: linear betas, 0.00085 to 0.02, v-prediction."
     return NoiseSchedule("linear", 0.00085, 0.02, prediction="v_prediction")
 
+# %% ../nbs/10_training.ipynb #afd43765
 def denoising_loss(unet: nn.Module, clean: Tensor, noise: Tensor, t: Tensor, text: Tensor, schedule: NoiseSchedule) -> tuple[Tensor, dict[str, float]]:
     "Mean squared error of the prediction, and the same for each quarter of the timesteps."
     prediction = unet(schedule.add_noise(clean, noise, t), t, text)
@@ -316,7 +312,7 @@ def reversal_probe(pipe: AnimationPipeline, scenes: Sequence[Scene], t: int, see
 NANO_RECIPES = {
     "autoencoder": Recipe(steps=3500, batch=32, lr=2e-3, ema=0.998, seed=1),
     "text": Recipe(steps=3800, batch=128, lr=1e-3, ema=0.995, seed=2),
-    "images": Recipe(steps=7000, batch=32, seed=4),
+    "images": Recipe(steps=20000, batch=32, seed=4),
     "motion": Recipe(steps=12000, batch=8, seed=5)}
 
 def nano_scheduler() -> Any:
@@ -326,37 +322,93 @@ def nano_scheduler() -> Any:
                          clip_sample=False, set_alpha_to_one=True, steps_offset=0)
 
 # %% ../nbs/10_training.ipynb #d6aff008
-def train_encoders(runs: Path, scenes: Sequence[Scene], clips: Tensor, recipes: Mapping[str, Recipe] = NANO_RECIPES) -> tuple[nn.Module, nn.Module, Any]:
-    "The autoencoder, with its scaling factor measured, and the text encoder: `(vae, text_encoder, tokenizer)`, frozen."
-    tokenizer = word_tokenizer(world_words())
+def tokenizer_for(captions: Sequence[Sequence[str]]) -> Any:
+    "A word tokenizer for the words of the world and of all captions, long enough for the longest."
+    normal = word_tokenizer([]).backend_tokenizer.normalizer
+    texts = [normal.normalize_str(c).split() for c in sorted({c for forms in captions for c in forms})]
+    return word_tokenizer(sorted({*world_words()}.union(*texts)), max(16, 2 + max(map(len, texts))))
+
+# %% ../nbs/10_training.ipynb #909e65d4
+def train_encoders(runs: Path, captions: Sequence[Sequence[str]], clips: Tensor, recipes: Mapping[str, Recipe], device: Any = "cpu") -> tuple[nn.Module, NanoCLIP, Any]:
+    "The autoencoder, with its scaling factor measured, and nano-CLIP: `(vae, clip, tokenizer)`, frozen."
+    tokenizer = tokenizer_for(captions)
     torch.manual_seed(0)
-    vae, clip = nano_autoencoder(), NanoCLIP(nano_text_encoder(tokenizer), VideoEncoder())
-    jobs = {"autoencoder": (vae, draw_frames(clips), autoencoder_loss), "text": (clip, draw_pairs(scenes, clips, tokenizer), contrastive_loss)}
+    vae, clip = nano_autoencoder().to(device), NanoCLIP(nano_text_encoder(tokenizer), VideoEncoder()).to(device)
+    jobs = {"autoencoder": (vae, draw_frames(clips), autoencoder_loss), "text": (clip, draw_pairs(captions, clips, tokenizer), contrastive_loss)}
     for name, (model, draw, loss) in jobs.items():
         fit(model, draw, loss, recipes[name], checkpoint=runs / f"{name}.ckpt", label=name)
         model.eval().requires_grad_(False)
     spread = encode_video(vae, to_model(clips[:256]).transpose(1, 2)).std().item()
     vae.register_to_config(scaling_factor=vae.config.scaling_factor / spread)
-    return vae, clip.text, tokenizer
+    return vae, clip, tokenizer
+
+# %% ../nbs/10_training.ipynb #40f4abf7
+def loss_figure(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
+    "The loss against the step, one panel for each training, one line for each quarter of the timesteps."
+    figure = Figure(figsize=(5 * len(histories), 3.2))
+    for ax, (name, history) in zip(figure.subplots(1, len(histories), sharey=True, squeeze=False)[0], histories.items()):
+        for q, style in enumerate(("-", "--", "-.", ":")):
+            ax.plot([row["step"] for row in history], [row[f"t{q}"] for row in history], style, color="black", label=f"t from {250 * q}")
+        ax.set(title=name, xlabel="step", ylabel="loss")
+    ax.legend(fontsize=8)
+    figure.tight_layout()
+    return figure
+
+# %% ../nbs/10_training.ipynb #575eb83c
+def watcher(pipe: AnimationPipeline, runs: Path, stage: str, prompts: Sequence[str], scenes: Sequence[Scene] = ()) -> Callable[[int, list], None]:
+    "Looks at a run: `{stage}-loss.png`, `{stage}-{step}.png` with a sample for each prompt, and, if `scenes` are known, a line of their scores."
+    frames = 1 if stage == "images" else 16
+    def watch(step: int, history: list) -> None:
+        loss_figure({stage: history}).savefig(runs / f"{stage}-loss.png")
+        videos = pipe(list(prompts), seed=0, num_inference_steps=15, guidance_scale=3, video_length=frames, progress=False)
+        contact_sheet(videos, columns=4).save(runs / f"{stage}-{step:06}.png")
+        if not scenes or frames == 1: return
+        found = summary([judge(s, v.frames) for s, v in zip(scenes, videos)])
+        tqdm.write(f"step {step}: " + ", ".join(f"{k} {found[k][0]:.0%}" for k in ("colour", "shape", "motion")) + f" of {len(scenes)} clips")
+    return watch
 
 # %% ../nbs/10_training.ipynb #1237baca
-def train_nano(folder: str | Path, recipes: Mapping[str, Recipe] = NANO_RECIPES, clips: int = 12288, accelerator: Any = None) -> AnimationPipeline:
-    """Train nano from nothing and write it to `folder` as a standard diffusers pipeline.
+def film_clips(folder: str | Path, csv: str | Path, n: int) -> tuple[list[tuple[str, ...]], Tensor]:
+    "`n` windows of 16 frames of 32 x 32 pixels out of a folder of real videos in WebVid's layout, and their captions: see `VideoFolder`."
+    rounds = [VideoFolder(folder, csv, frames=16, size=32)]
+    while len(rounds) * len(rounds[0]) < n: rounds.append(VideoFolder(folder, csv, frames=16, size=32, seed=len(rounds)))
+    pairs = [part[i] for part in rounds for i in range(len(part))][:n]
+    return [(caption,) * 4 for _, caption in pairs], torch.stack([clip for clip, _ in pairs])
 
-    Checkpoints lie in a folder of the same name with `-runs` behind it: killed and called again, the training continues.
+# %% ../nbs/10_training.ipynb #748937d0
+def train_stages(pipe: AnimationPipeline, data: LatentClips, runs: Path, recipes: Mapping[str, Recipe], accelerator: Any, watching: Callable) -> dict[str, list]:
+    "Both stages of a pipeline's UNet; returns their logs."
+    return {name: stage(pipe.unet, data, recipes[name], checkpoint=runs / f"{name}.ckpt", accelerator=accelerator, watch=watching(name))
+            for name, stage in (("images", train_images), ("motion", train_motion))}
+
+# %% ../nbs/10_training.ipynb #04ef9821
+def save_nano(folder: Path, pipe: AnimationPipeline, clip: NanoCLIP, recipes: Mapping[str, Recipe], log: dict[str, list]) -> None:
+    "The pipeline, the video half of nano-CLIP beside it, and the log."
+    pipe.save_pretrained(folder)
+    save_file(clip.video.state_dict(), folder / VIDEO_ENCODER)
+    (folder / "training.json").write_text(json.dumps({"recipes": {n: asdict(r) for n, r in recipes.items()}, "history": log}, indent=1) + "\n")
+
+# %% ../nbs/10_training.ipynb #0820a1c3
+def train_nano(folder: str | Path, recipes: Mapping[str, Recipe] | None = None, clips: int = 12288, accelerator: Any = None,
+               films: tuple[str | Path, str | Path] | None = None) -> AnimationPipeline:
+    """Train nano from nothing and write it to `folder` as a standard diffusers pipeline, with its log in `training.json`.
+
+    `films`, a folder of videos and its CSV file, takes the place of the moving-shapes world. Checkpoints, loss curves and samples lie
+    in a folder of the same name with `-runs` behind it: killed and called again, the training continues.
     """
-    folder = Path(folder)
-    runs, scenes = folder.with_name(folder.name + "-runs"), draw_scenes(clips, seed=2)
-    frames = render_clips(scenes)
+    folder, recipes = Path(folder), recipes or NANO_RECIPES
+    runs, scenes = folder.with_name(folder.name + "-runs"), [] if films else draw_scenes(clips, seed=2)
+    captions, frames = film_clips(*films, clips) if films else ([captions_of(s) for s in scenes], render_clips(scenes))
+    device = accelerator.device if accelerator else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with accelerator.main_process_first() if accelerator else nullcontext():
-        vae, text_encoder, tokenizer = train_encoders(runs, scenes, frames, recipes)
-    data = encode_clips(scenes, frames, vae, text_encoder, tokenizer)
+        vae, clip, tokenizer = train_encoders(runs, captions, frames, recipes, device)
     torch.manual_seed(3)
-    unet = UNet3DConditionModel.from_preset("nano")
-    for name, stage in (("images", train_images), ("motion", train_motion)):
-        stage(unet, data, recipes[name], checkpoint=runs / f"{name}.ckpt", accelerator=accelerator)
-    pipe = AnimationPipeline(unet, vae, text_encoder, tokenizer, nano_scheduler())
-    if accelerator is None or accelerator.is_main_process: pipe.save_pretrained(folder)
+    pipe = AnimationPipeline(UNet3DConditionModel.from_preset("nano").to(device), vae, clip.text, tokenizer, nano_scheduler())
+    judged = grid(22) if scenes else []
+    prompts = [s.caption for s in judged] or [forms[0] for forms in captions[:22]]
+    log = train_stages(pipe, encode_clips(captions, frames, vae, clip.text, tokenizer), runs, recipes, accelerator,
+                       lambda stage: watcher(pipe, runs, stage, prompts, judged))
+    if accelerator is None or accelerator.is_main_process: save_nano(folder, pipe, clip, recipes, log)
     return pipe
 
 # %% ../nbs/10_training.ipynb #049f74f0
@@ -365,30 +417,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m animatediff_lit.training", description="Train nano from nothing.")
     parser.add_argument("--out", default="my-nano", help="folder to write the pipeline to; checkpoints go to the same name with -runs behind it")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the recipes' steps to train")
-    parser.add_argument("--clips", type=int, default=12288, help="clips to render")
+    parser.add_argument("--clips", type=int, default=12288, help="clips to render, or to cut out of the films")
+    parser.add_argument("--films", nargs=2, metavar=("FOLDER", "CSV"), help="train on real videos in WebVid's layout: {videoid}.mp4 in FOLDER, and a CSV file with the columns videoid and name")
     args = parser.parse_args(argv)
     if not args.scale > 0 or args.clips < 256: parser.error("--scale must be above 0, and --clips at least 256.")
     recipes = {name: replace(r, steps=max(1, round(r.steps * args.scale)), warmup=min(r.warmup, max(1, round(r.steps * args.scale / 10)))) for name, r in NANO_RECIPES.items()}
     accelerator = Accelerator(cpu=not torch.cuda.is_available()) if "WORLD_SIZE" in os.environ else None
-    train_nano(args.out, recipes, args.clips, accelerator)
+    train_nano(args.out, recipes, args.clips, accelerator, args.films)
     print(f"Written: {args.out}. Try it: python -m animatediff_lit.pipeline --model {args.out}")
 
 # %% ../nbs/10_training.ipynb #30cd714c
 if __name__ == "__main__" and "__file__" in globals(): main()          # a notebook is __main__ as well, but no file
-
-# %% ../nbs/10_training.ipynb #d40bac12
-def score_clips(pipe: AnimationPipeline, scenes: Sequence[Scene], batch: int = 11, seed: int = 0, **options) -> list[dict[str, bool]]:
-    "One clip for each scene's caption (seed, seed + 1, ...), read back from its pixels: was it right in colour, shape, motion, background?"
-    rows = []
-    for start in tqdm(range(0, len(scenes), batch), desc="clips", disable="IN_TEST" in os.environ):
-        part = scenes[start:start + batch]
-        for scene, video in zip(part, pipe([s.caption for s in part], seed=seed + start, progress=False, **options)):
-            found = read_clip(video.frames)
-            rows.append({name: getattr(found, name) == getattr(scene, name) for name in ("colour", "shape", "motion", "background")})
-    return rows
-
-# %% ../nbs/10_training.ipynb #faa87cc6
-def test_scenes(rounds: int, seed: int = 7) -> list[Scene]:
-    "`rounds` scenes for each motion, colours and shapes taking turns: a fixed list, chosen by rule."
-    rng, n = np.random.default_rng(seed), rounds * len(MOTIONS)
-    return [Scene.random(rng, motion=MOTIONS[i % len(MOTIONS)], shape=SHAPES[(i + i // 11) % len(SHAPES)], colour=list(COLOURS)[(i + i // 11) % len(COLOURS)]) for i in range(n)]

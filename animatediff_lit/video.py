@@ -33,10 +33,10 @@ __all__ = ['MARK', 'COLOURS', 'SHAPES', 'MOTIONS', 'BACKGROUNDS', 'WORLD', 'chec
            'animation', 'read_animation', 'mp4', 'read_mp4', 'still', 'film_strip', 'png', 'write_whole', 'Video',
            'save_video', 'load_video', 'labelled', 'tile', 'contact_sheet', 'moving_sheet', 'ring', 'heart', 'moon',
            'outline', 'distance_map', 'pixel_offsets', 'stand_up', 'silhouette', 'coverage', 'path_of', 'place',
-           'random_words', 'Scene', 'caption_variant', 'speed_arcs', 'trail_of', 'echo_of', 'render_scene', 'held_out',
+           'random_words', 'Scene', 'caption_variant', 'turn_arc', 'trail_of', 'echo_of', 'render_scene', 'held_out',
            'draw_scenes', 'separate', 'nearest', 'solid', 'track', 'correlation', 'travel_scores', 'polar',
-           'turn_differences', 'read_turn', 'read_motion', 'portrait', 'portraits', 'overlaps', 'Reading', 'read_clip',
-           'video_length', 'read_window', 'read_captions', 'VideoFolder']
+           'turn_differences', 'read_turn', 'read_arc', 'read_motion', 'portrait', 'portraits', 'overlaps', 'Reading',
+           'read_clip', 'video_length', 'read_window', 'read_captions', 'VideoFolder']
 
 # %% ../nbs/01_video.ipynb #4de2f2a7
 def check_frames(frames) -> np.ndarray:
@@ -344,15 +344,16 @@ def path_of(scene: Scene, t) -> np.ndarray:
     t = np.asarray(t, float)
     x, y, r, a = (np.full_like(t, v) for v in (scene.x, scene.y, scene.radius, scene.angle))
     s = (t / 15 - 0.5) * 2                                      # -1 to 1 over a clip of 16 frames
-    reach, turn, m = (0.94 - scene.radius) * scene.travel, 2 * np.pi * (t / 16), scene.motion
-    if m == "moving left": x = -s * reach
-    if m == "moving right": x = s * reach
-    if m == "moving up": y = -s * reach
-    if m == "moving down": y = s * reach
+    reach, turn, m = (1 - scene.radius) * scene.travel, 2 * np.pi * (t / 16), scene.motion
+    way = (0.3 + 0.7 * s) * reach                               # from a little before the middle to the edge
+    if m == "moving left": x = -way
+    if m == "moving right": x = way
+    if m == "moving up": y = -way
+    if m == "moving down": y = way
     if m == "growing": r = np.maximum(scene.radius * (0.70 + 0.42 * s * scene.travel), 0.05)
     if m == "shrinking": r = np.maximum(scene.radius * (0.70 - 0.42 * s * scene.travel), 0.05)
-    if m == "spinning clockwise": a = scene.angle + turn
-    if m == "spinning anticlockwise": a = scene.angle - turn
+    if m == "spinning clockwise": a = scene.angle + turn / 2
+    if m == "spinning anticlockwise": a = scene.angle - turn / 2
     if m == "bouncing": y = reach - 1.8 * reach * np.abs(np.sin(np.pi * (t / 8 + scene.phase)))
     if m == "orbiting":
         x = scene.x + 0.50 * np.cos(turn + 2 * np.pi * scene.phase)
@@ -364,12 +365,11 @@ def place(motion: str, u: np.ndarray) -> dict[str, float]:
     "Position, size and timing that leave room for a motion, from six random numbers between 0 and 1."
     radius = 0.44 + 0.10 * u[0]
     room = 0.94 - radius
-    x, y = (2 * u[1] - 1) * room, (2 * u[2] - 1) * room
+    x, y = (1.2 * u[1] - 0.6) * room, (1.2 * u[2] - 0.6) * room
     travel, angle, phase = 0.85 + 0.15 * u[3], (2 * u[4] - 1) * np.pi / 12, u[5]
     if motion in ("moving left", "moving right"): x = 0.0
     if motion in ("moving up", "moving down", "bouncing"): y = 0.0
-    if motion in ("growing", "shrinking"): radius, x, y = 0.52 + 0.08 * u[0], 0.35 * x, 0.35 * y
-    if motion.startswith("spinning"): x, y, angle = 0.6 * x, 0.6 * y, 2 * np.pi * u[4]
+    if motion in ("growing", "shrinking"): radius, x, y = 0.52 + 0.08 * u[0], 0.5 * x, 0.5 * y
     if motion == "orbiting": radius, x, y = 0.36 + 0.06 * u[0], 0.1 * x, 0.1 * y
     numbers = dict(x=x, y=y, radius=radius, angle=angle, travel=travel, phase=phase)
     return {name: float(number) for name, number in numbers.items()}
@@ -428,21 +428,21 @@ def caption_variant(scene: Scene, kind: int = 0) -> str:
     return f"{'an' if scene.colour[0] in 'aeiou' else 'a'} {scene.colour} {scene.shape}{motion}{ground}"
 
 # %% ../nbs/01_video.ipynb #cf6f7c13
-def speed_arcs(x, y, radius, angle, direction: float, size: int) -> Tensor:
-    "How opaque two arcs are that trail around an object which turns clockwise (1) or anticlockwise (-1): `(n, size, size)`."
-    x, y, radius, angle = stand_up(x, y, radius, angle)
+def turn_arc(x, y, radius, angle, turned, size: int) -> Tensor:
+    "How opaque the arc is that an object has drawn around itself while it `turned`, clockwise above 0: `(n, size, size)`."
+    x, y, radius, angle, turned = stand_up(x, y, radius, angle, turned)
     dx, dy = pixel_offsets(x, y, size)
-    r = torch.sqrt(dx ** 2 + dy ** 2)
-    behind = torch.remainder((angle - torch.atan2(dy, dx)) * direction, np.pi)          # half a turn apart
-    band = coverage(((r - 1.18 * radius).abs() - 0.055) * size / 2)
-    return band * (1 - behind / 2.0).clamp(0, 1) * 0.95
+    band = coverage(((torch.sqrt(dx ** 2 + dy ** 2) - 1.18 * radius).abs() - 0.075) * size / 2)
+    behind = torch.remainder((angle - math.pi / 2 - torch.atan2(dy, dx)) * turned.sign(), 2 * math.pi)
+    return band * (behind < turned.abs()) * 0.65 * (1 - behind / math.pi)
 
 # %% ../nbs/01_video.ipynb #e135d3d7
 def trail_of(scene: Scene, t: np.ndarray, size: int) -> list[Tensor]:
-    "What is painted under the object in its colour, as opacities `(n, size, size)`: ghosts of earlier times, or arcs."
+    "What is painted under the object in its colour, as opacities `(n, size, size)`: ghosts of earlier times, or an arc."
     if scene.motion in ("growing", "standing still"): return []
     if scene.motion.startswith("spinning"):
-        return [speed_arcs(*scene.path(t), 1.0 if scene.motion.endswith(" clockwise") else -1.0, size)]
+        now = scene.path(t)
+        return [turn_arc(*now, now[3] - scene.angle, size)]
     step = 1 if scene.motion in ("bouncing", "orbiting") else 2                         # fast motions leave closer ghosts
     return [opacity * coverage(silhouette(scene.shape, *scene.path(t - age), size=size))
             for age, opacity in ((3 * step, .12), (2 * step, .24), (step, .38))]
@@ -554,23 +554,31 @@ def read_turn(opacity: Tensor, centre: Tensor, radius: Tensor) -> float:
     gain, best = (difference[0] - near.min()).item(), int(near.argmin()) - eighth
     return math.copysign(gain / difference[0].item(), best) if gain > 0.0015 else 0.0
 
+# %% ../nbs/01_video.ipynb #7e41ee6d
+def read_arc(opacity: Tensor, centre: Tensor, radius: Tensor) -> float:
+    "1 or -1 if what lies around the object swings clockwise or anticlockwise about it, by 2 degrees a frame or more; 0 if not."
+    outside = polar(opacity, centre, 1.7 * radius)[:, 5:].mean(1)
+    arrows = torch.fft.rfft(outside)[:, 1] / outside.shape[-1]
+    swing = (arrows[:-1] * arrows[1:].conj()).sum().angle().item()
+    return math.copysign(1, swing) if arrows.abs().mean() > 0.02 and abs(swing) > math.radians(2) else 0.0
+
 # %% ../nbs/01_video.ipynb #4cc8e676
 def read_motion(opacity: Tensor) -> str:
     """One of MOTIONS or unclear, from the opacity of every pixel, `(f, h, w)`.
 
-    Needs 8 frames, and the rhythm of the world: a turn, an orbit or two bounces in 16.
+    Needs 8 frames, and the rhythm of the world: half a turn, an orbit or two bounces in 16.
     """
     centres, radii = track(solid(opacity))
     if len(centres) < 8: return "unclear"
     spread = (centres - centres.mean()).abs().square().mean().sqrt()
     growth = correlation(radii, torch.arange(len(radii))).real * radii.std() / radii.mean()
-    turn = read_turn(opacity, centres.mean(), radii.mean())
+    turn = read_turn(opacity, centres.mean(), radii.mean()) or read_arc(opacity, centres.mean(), radii.mean())
     if spread < 0.15 and growth.abs() > 0.2: return "growing" if growth > 0 else "shrinking"
     if growth.abs() > 0.1: return "unclear"
-    if spread < 0.25 and abs(turn) > 0.25: return "spinning clockwise" if turn > 0 else "spinning anticlockwise"
     scores = travel_scores(centres)
     best = max(scores, key=scores.get)
     if spread > 0.15 and scores[best] > 0.9: return best
+    if spread < 0.25 and abs(turn) > 0.25: return "spinning clockwise" if turn > 0 else "spinning anticlockwise"
     return "standing still" if spread < 0.05 and abs(turn) < 0.1 else "unclear"
 
 # %% ../nbs/01_video.ipynb #ede0bccb
@@ -585,7 +593,7 @@ def portrait(body: Tensor, size: int = 20) -> Tensor:
 # %% ../nbs/01_video.ipynb #038a5410
 @lru_cache
 def portraits() -> Tensor:
-    "Of each shape as the world draws it, large and small, turned, with arcs and echo lines: `(6, drawings, pixels)`."
+    "Of each shape as the world draws it, large and small, turned, with arc and echo lines: `(6, drawings, pixels)`."
     views = [("spinning clockwise", angle, radius, False) for angle in (0, math.pi / 16) for radius in (0.3, 0.4)]
     views += [(f"spinning {way}", 0, 0.4, True) for way in ("clockwise", "anticlockwise")]
     views += [("growing", angle, 0.48, True) for angle in (-0.2, 0, 0.2)]

@@ -228,7 +228,7 @@ def test_scenes_follow_from_the_seed():
     "The numbers that the shipped model was trained on: numpy's generator gives them on every machine."
     scenes = draw_scenes(2000, seed=2)
     text = "".join(f"{s.caption} {s.x:.9f} {s.y:.9f} {s.radius:.9f} {s.angle:.9f} {s.travel:.9f} {s.phase:.9f}" for s in scenes)
-    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "d1c74e21a00935a0"
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "f374dd334ae8a4f5"
 
 
 def test_pixels_follow_from_the_scene():
@@ -237,7 +237,7 @@ def test_pixels_follow_from_the_scene():
     scenes = [Scene.random(rng, motion=m, shape=SHAPES[i % 6]) for i, m in enumerate(MOTIONS)]
     weight = np.random.default_rng(1).random((16, 32, 32, 3))
     found = [float((s.render() * weight).mean()) for s in scenes]
-    assert found == pytest.approx([108.6038, 112.4567, 111.6277, 18.1658, 110.7082, 17.7631, 107.3292, 104.6635, 19.8819, 113.0737, 110.3072], abs=1e-3)
+    assert found == pytest.approx([108.8733, 112.5664, 111.7959, 18.0292, 110.7111, 17.7588, 108.1735, 105.8264, 20.0526, 113.0681, 110.3599], abs=1e-3)
     assert all((s.render() == s.render()).all() for s in scenes)
 
 

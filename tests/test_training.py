@@ -1,0 +1,110 @@
+"""Training: a kill changes nothing, two processes compute what one does, the image model stays frozen, films train as drawings do."""
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from animatediff_lit.pipeline import AnimationPipeline
+from animatediff_lit.training import LatentClips, Recipe, main, train_images, train_motion, train_nano
+from animatediff_lit.unet import UNet3DConditionModel
+from animatediff_lit.video import Scene, Video
+from measure import ROOT
+
+TINY = {name: Recipe(steps=2, batch=4, warmup=1, watch_every=2) for name in ("autoencoder", "text", "images", "motion")}
+
+
+def data() -> LatentClips:
+    g = torch.Generator().manual_seed(0)
+    return LatentClips(torch.randn(12, 4, 16, 8, 8, generator=g).half(), torch.randint(6, (12, 5), generator=g), torch.randn(6, 16, 64, generator=g))
+
+
+def new_unet() -> UNet3DConditionModel:
+    torch.manual_seed(1)
+    return UNet3DConditionModel.from_preset("nano")
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {n: t.detach().clone() for n, t in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("stage", [train_images, train_motion])
+def test_a_kill_changes_no_bit_and_watching_neither(stage, tmp_path):
+    recipe = Recipe(steps=6, batch=4, warmup=2, save_every=2, watch_every=2)
+    whole, killed, resumed = new_unet(), new_unet(), new_unet()
+    log = stage(whole, data(), recipe)
+    seen = []
+    stage(killed, data(), recipe, checkpoint=tmp_path / "x.ckpt", until=3)
+    again = stage(resumed, data(), recipe, checkpoint=tmp_path / "x.ckpt", watch=lambda step, history: seen.append((step, weights(resumed))))
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values()))
+    assert [s for s, _ in seen] == [4, 6] and again[-1]["loss"] == pytest.approx(log[-1]["loss"], rel=0.5)
+    assert all(torch.equal(seen[-1][1][n], w) for n, w in resumed.state_dict().items()), "the watcher sees the averaged weights"
+
+
+def test_stages_train_their_own_part_alone():
+    for stage, own in ((train_images, False), (train_motion, True)):
+        unet = new_unet()
+        before = weights(unet)
+        stage(unet, data(), Recipe(steps=2, batch=2, warmup=1))
+        changed = {n for n, w in unet.state_dict().items() if not torch.equal(w, before[n])}
+        assert changed and all(("motion_modules" in n) == own for n in changed)
+        assert all(p.requires_grad for p in unet.parameters())
+
+
+TWO = """
+import sys, torch
+from accelerate import Accelerator
+sys.path.insert(0, "tests")
+from test_training import *
+accelerator = Accelerator(cpu=True)
+assert accelerator.num_processes == 2
+unet = new_unet()
+train_motion(unet, data(), Recipe(steps=4, batch=4, warmup=1, ema=0.5), accelerator=accelerator)
+if accelerator.is_main_process: torch.save(unet.state_dict(), sys.argv[1])
+"""
+
+
+def test_two_processes_end_where_one_does(tmp_path):
+    (tmp_path / "two.py").write_text(TWO)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "two.py"), str(tmp_path / "two.pt")]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one = new_unet()
+    train_motion(one, data(), Recipe(steps=4, batch=4, warmup=1, ema=0.5))
+    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    assert max((a - two[n]).abs().max().item() for n, a in one.state_dict().items()) < 1e-5
+    assert max((a - b).abs().max().item() for a, b in zip(one.state_dict().values(), new_unet().state_dict().values())) > 1e-3
+
+
+def test_films_train_as_drawings_do(tmp_path):
+    films = tmp_path / "films"
+    films.mkdir()
+    rows = ["videoid,name,page_dir"]
+    for i, motion in enumerate(("orbiting", "bouncing", "growing")):
+        scene = Scene.random(i, motion=motion)
+        Video(scene.render(70, size=40), fps=24).save(films / f"{i}.mp4", scale=1)
+        rows.append(f"{i},A clip of {scene.caption} seen from the side,")
+    (films / "broken.mp4").write_bytes(b"no film")
+    (tmp_path / "captions.csv").write_text("\n".join(rows + ["broken,not a film,", "gone,not there,"]))
+    with pytest.warns(UserWarning, match="(broken|gone).mp4 is left out"):
+        pipe = train_nano(tmp_path / "out", TINY, clips=7, films=(films, tmp_path / "captions.csv"))
+    again = AnimationPipeline.from_pretrained(tmp_path / "out")
+    assert all(torch.equal(a, b) for a, b in zip(pipe.unet.state_dict().values(), again.unet.state_dict().values()))
+    assert again(["a clip seen from the side"], num_inference_steps=2, progress=False)[0].frames.shape == (16, 32, 32, 3)
+    assert (tmp_path / "out-runs" / "motion-000002.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("words", [["--scale", "0"], ["--clips", "10"], ["--scale", "x"], ["--films", "only-one"]])
+def test_a_wrong_command_is_refused(words, tmp_path, capsys):
+    with pytest.raises(SystemExit): main(["--out", str(tmp_path / "x"), *words])
+    assert "error:" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_another_recipe_does_not_go_into_a_finished_run(tmp_path):
+    stage = dict(checkpoint=tmp_path / "x.ckpt")
+    train_motion(new_unet(), data(), Recipe(steps=2, batch=2, warmup=1), **stage)
+    with pytest.raises(ValueError, match="belongs to another model"): train_images(new_unet(), data(), Recipe(steps=2, batch=2, warmup=1), **stage)
