@@ -404,8 +404,8 @@ def train_nano(folder: str | Path, recipes: Mapping[str, Recipe] | None = None, 
         vae, clip, tokenizer = train_encoders(runs, captions, frames, recipes, device)
     torch.manual_seed(3)
     pipe = AnimationPipeline(UNet3DConditionModel.from_preset("nano").to(device), vae, clip.text, tokenizer, nano_scheduler())
-    judged = grid(22) if scenes else []
-    prompts = [s.caption for s in judged] or [forms[0] for forms in captions[:22]]
+    judged = grid(11) if scenes else []
+    prompts = [s.caption for s in judged] or [forms[0] for forms in captions[:11]]
     log = train_stages(pipe, encode_clips(captions, frames, vae, clip.text, tokenizer), runs, recipes, accelerator,
                        lambda stage: watcher(pipe, runs, stage, prompts, judged))
     if accelerator is None or accelerator.is_main_process: save_nano(folder, pipe, clip, recipes, log)

@@ -51,13 +51,13 @@ def test_what_is_wrong_is_wrong(change):
 
 def test_flicker_sees_the_look_and_not_the_motion():
     still = Scene("red", "heart", "standing still", "dark").render()
-    assert flicker(still) == 0
+    assert flicker(still) < 1e-3                                        # not 0: the turns are compared in Fourier space, in float32
     moved = np.stack([np.roll(f, (i % 5 - 2, i % 3 - 1), (0, 1)) for i, f in enumerate(still)])
     assert flicker(moved) < 0.01
     other = np.concatenate([still[:1], Scene("red", "square", "standing still", "dark").render()[:1]] * 8)
     recoloured = np.concatenate([still[:1], (still[:1] * 0.7).astype(np.uint8)] * 8)
-    assert flicker(other) > 0.2 and flicker(recoloured) > 0.1
-    for motion in MOTIONS: assert flicker(Scene("red", "heart", motion, "dark").render()) < 0.5 * flicker(other)
+    real = max(flicker(Scene("red", "heart", motion, "dark").render()) for motion in MOTIONS)
+    assert 0 < 2 * real < min(flicker(other), flicker(recoloured))
     with pytest.raises(ValueError, match="only one"): flicker(still[:1])
 
 
