@@ -23,19 +23,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from .diffusion import NoiseSchedule
-from .evaluation import VIDEO_ENCODER, NanoCLIP, VideoEncoder, grid, judge, summary, to_model
+from .evaluation import VIDEO_ENCODER, NanoCLIP, VideoEncoder, caption_ids, grid, judge, summary, to_model
 from .latents import encode_text, encode_video, nano_autoencoder, nano_text_encoder, word_tokenizer, world_words
 from .pipeline import AnimationPipeline
 from .unet import UNet3DConditionModel
-from .video import Scene, VideoFolder, caption_variant, contact_sheet, draw_scenes
+from .video import Scene, VideoFolder, caption_variant, contact_sheet, draw_scenes, png, write_whole
 
 # %% auto #0
 __all__ = ['OPPOSITES', 'CAPTION_MIX', 'STILLS_BIAS', 'NANO_RECIPES', 'step_generator', 'Recipe', 'learning_rate',
            'save_checkpoint', 'load_checkpoint', 'my_part', 'Run', 'fit', 'autoencoder_loss', 'render_clips',
-           'draw_frames', 'reverse_motion', 'contrastive_loss', 'captions_of', 'caption_ids', 'draw_pairs',
-           'LatentClips', 'embed_captions', 'encode_clips', 'nano_schedule', 'denoising_loss', 'train_images',
-           'train_motion', 'reversal_probe', 'nano_scheduler', 'tokenizer_for', 'train_encoders', 'loss_figure',
-           'watcher', 'film_clips', 'train_stages', 'save_nano', 'train_nano', 'main']
+           'draw_frames', 'reverse_motion', 'contrastive_loss', 'captions_of', 'draw_pairs', 'LatentClips',
+           'embed_captions', 'encode_clips', 'nano_schedule', 'denoising_loss', 'train_images', 'train_motion',
+           'reversal_probe', 'nano_scheduler', 'tokenizer_for', 'train_encoders', 'loss_figure', 'watcher',
+           'film_clips', 'train_stages', 'save_nano', 'train_nano', 'main']
 
 # %% ../nbs/10_training.ipynb #0d4b1a48
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -215,11 +215,6 @@ def captions_of(scene: Scene) -> tuple[str, ...]:
     "A scene's caption in the four forms of CAPTION_MIX."
     return tuple(caption_variant(scene, kind) for kind in range(4))
 
-# %% ../nbs/10_training.ipynb #e0f5de5f
-def caption_ids(tokenizer: Any, captions: Sequence[str]) -> Tensor:
-    "Token ids `(n, tokens)`, padded to the tokenizer's length."
-    return tokenizer(list(captions), padding="max_length", return_tensors="pt").input_ids
-
 # %% ../nbs/10_training.ipynb #74764e95
 def draw_pairs(captions: Sequence[Sequence[str]], clips: Tensor, tokenizer: Any) -> Callable[[torch.Generator, int], dict[str, Tensor]]:
     "Captions in one of their forms, the reversed captions, and the clips."
@@ -361,7 +356,7 @@ def watcher(pipe: AnimationPipeline, runs: Path, stage: str, prompts: Sequence[s
     def watch(step: int, history: list) -> None:
         loss_figure({stage: history}).savefig(runs / f"{stage}-loss.png")
         videos = pipe(list(prompts), seed=0, num_inference_steps=15, guidance_scale=3, video_length=frames, progress=False)
-        contact_sheet(videos, columns=4).save(runs / f"{stage}-{step:06}.png")
+        write_whole(runs / f"{stage}-{step:06}.png", png(contact_sheet(videos, columns=4)))
         if not scenes or frames == 1: return
         found = summary([judge(s, v.frames) for s, v in zip(scenes, videos)])
         tqdm.write(f"step {step}: " + ", ".join(f"{k} {found[k][0]:.0%}" for k in ("colour", "shape", "motion")) + f" of {len(scenes)} clips")
@@ -386,7 +381,8 @@ def save_nano(folder: Path, pipe: AnimationPipeline, clip: NanoCLIP, recipes: Ma
     "The pipeline, the video half of nano-CLIP beside it, and the log."
     pipe.save_pretrained(folder)
     save_file(clip.video.state_dict(), folder / VIDEO_ENCODER)
-    (folder / "training.json").write_text(json.dumps({"recipes": {n: asdict(r) for n, r in recipes.items()}, "history": log}, indent=1) + "\n")
+    log = {"recipes": {n: asdict(r) for n, r in recipes.items()}, "history": log}
+    write_whole(folder / "training.json", (json.dumps(log, indent=1) + "\n").encode())
 
 # %% ../nbs/10_training.ipynb #0820a1c3
 def train_nano(folder: str | Path, recipes: Mapping[str, Recipe] | None = None, clips: int = 12288, accelerator: Any = None,
