@@ -727,6 +727,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'animatediff_lit.video.overlaps': ('video.html#overlaps', 'animatediff_lit/video.py'),
                                        'animatediff_lit.video.path_of': ('video.html#path_of', 'animatediff_lit/video.py'),
                                        'animatediff_lit.video.pixel_offsets': ('video.html#pixel_offsets', 'animatediff_lit/video.py'),
+                                       'animatediff_lit.video.pixels_of': ('video.html#pixels_of', 'animatediff_lit/video.py'),
                                        'animatediff_lit.video.place': ('video.html#place', 'animatediff_lit/video.py'),
                                        'animatediff_lit.video.png': ('video.html#png', 'animatediff_lit/video.py'),
                                        'animatediff_lit.video.polar': ('video.html#polar', 'animatediff_lit/video.py'),

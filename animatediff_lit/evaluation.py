@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from .latents import decode_video, encode_video
 from .pipeline import NANO, AnimationPipeline
-from .video import (BACKGROUNDS, COLOURS, MOTIONS, SHAPES, Scene, Video, check_frames, contact_sheet, held_out,
-                                   moving_sheet, png, polar, read_clip, separate, solid, track, turn_differences, write_whole)
+from .video import (BACKGROUNDS, COLOURS, MOTIONS, SHAPES, Scene, Video, contact_sheet, held_out,
+                                   moving_sheet, pixels_of, png, polar, read_clip, separate, solid, track, turn_differences, write_whole)
 
 # %% auto #0
 __all__ = ['VIDEO_ENCODER', 'STRAIGHT', 'MEASURES', 'grid', 'flicker', 'movement', 'VideoEncoder', 'to_model', 'NanoCLIP',
@@ -44,7 +44,7 @@ def flicker(frames) -> float:
 
     Takes what `check_frames` takes, 2 frames or more.
     """
-    pixels = torch.from_numpy(check_frames(frames).astype(np.float32, order="C"))
+    pixels = pixels_of(frames)
     if len(pixels) < 2: raise ValueError("Flicker is between frames, but this clip has only one: give at least 2.")
     opacity, ground, _ = separate(pixels)
     centres, radii = (v[:, None, None] for v in track(solid(opacity)))
@@ -55,7 +55,7 @@ def flicker(frames) -> float:
 # %% ../nbs/09b_evaluation.ipynb #1a2b6597
 def movement(frames) -> float:
     "The mean difference of neighbouring frames, as a share of the object: 0 stands still, 2 is somewhere else in every frame."
-    opacity = separate(torch.from_numpy(check_frames(frames).astype(np.float32, order="C")))[0]
+    opacity = separate(pixels_of(frames))[0]
     return (opacity.diff(dim=0).abs().sum() / opacity[1:].sum().clamp(min=1e-6)).item()
 
 # %% ../nbs/09b_evaluation.ipynb #aeea488c

@@ -34,7 +34,7 @@ __all__ = ['MARK', 'COLOURS', 'SHAPES', 'MOTIONS', 'BACKGROUNDS', 'WORLD', 'chec
            'save_video', 'load_video', 'labelled', 'tile', 'contact_sheet', 'moving_sheet', 'ring', 'heart', 'moon',
            'outline', 'distance_map', 'pixel_offsets', 'stand_up', 'silhouette', 'coverage', 'path_of', 'place',
            'random_words', 'Scene', 'caption_variant', 'turn_arc', 'trail_of', 'echo_of', 'render_scene', 'held_out',
-           'draw_scenes', 'separate', 'nearest', 'solid', 'track', 'correlation', 'travel_scores', 'polar',
+           'draw_scenes', 'pixels_of', 'separate', 'nearest', 'solid', 'track', 'correlation', 'travel_scores', 'polar',
            'turn_differences', 'read_turn', 'read_arc', 'read_motion', 'portrait', 'portraits', 'overlaps', 'Reading',
            'read_clip', 'video_length', 'read_window', 'read_captions', 'VideoFolder']
 
@@ -352,26 +352,27 @@ def path_of(scene: Scene, t) -> np.ndarray:
     if m == "moving down": y = way
     if m == "growing": r = np.maximum(scene.radius * (0.70 + 0.42 * s * scene.travel), 0.05)
     if m == "shrinking": r = np.maximum(scene.radius * (0.70 - 0.42 * s * scene.travel), 0.05)
-    if m == "spinning clockwise": a = scene.angle + turn / 2
-    if m == "spinning anticlockwise": a = scene.angle - turn / 2
-    if m == "bouncing": y = reach - 1.8 * reach * np.abs(np.sin(np.pi * (t / 8 + scene.phase)))
+    if m == "spinning clockwise": a = scene.angle + turn / 4
+    if m == "spinning anticlockwise": a = scene.angle - turn / 4
+    if m == "bouncing": y = reach - 1.8 * reach * np.abs(np.cos(np.pi * t / 12))
     if m == "orbiting":
-        x = scene.x + 0.50 * np.cos(turn + 2 * np.pi * scene.phase)
-        y = scene.y + 0.50 * np.sin(turn + 2 * np.pi * scene.phase)
+        x = scene.x + 0.45 * np.sin(turn)
+        y = scene.y - 0.45 * np.cos(turn)
     return np.stack([x, y, r, a])
 
 # %% ../nbs/01_video.ipynb #23830825
 def place(motion: str, u: np.ndarray) -> dict[str, float]:
-    "Position, size and timing that leave room for a motion, from six random numbers between 0 and 1."
+    "Position, size, angle and travel that leave room for a motion, from five random numbers between 0 and 1."
     radius = 0.44 + 0.10 * u[0]
     room = 0.94 - radius
     x, y = (1.2 * u[1] - 0.6) * room, (1.2 * u[2] - 0.6) * room
-    travel, angle, phase = 0.85 + 0.15 * u[3], (2 * u[4] - 1) * np.pi / 12, u[5]
+    travel, angle = 0.85 + 0.15 * u[3], (2 * u[4] - 1) * np.pi / 12
     if motion in ("moving left", "moving right"): x = 0.0
     if motion in ("moving up", "moving down", "bouncing"): y = 0.0
     if motion in ("growing", "shrinking"): radius, x, y = 0.52 + 0.08 * u[0], 0.5 * x, 0.5 * y
-    if motion == "orbiting": radius, x, y = 0.36 + 0.06 * u[0], 0.1 * x, 0.1 * y
-    numbers = dict(x=x, y=y, radius=radius, angle=angle, travel=travel, phase=phase)
+    if motion == "orbiting": radius, x, y = 0.40 + 0.06 * u[0], 0.1 * x, 0.1 * y
+    if motion.startswith("spinning"): x, y = 0.4 * x, 0.4 * y                           # the arc needs room as well
+    numbers = dict(x=x, y=y, radius=radius, angle=angle, travel=travel)
     return {name: float(number) for name, number in numbers.items()}
 
 # %% ../nbs/01_video.ipynb #62d6383f
@@ -390,7 +391,7 @@ class Scene:
     """One object, its motion and its background: what a clip is before there are pixels.
 
     The picture reaches from -1 to 1, y downwards, angles are in radians and clockwise on the screen. `travel` is the share
-    of the room that a motion uses, `phase` the part of its period at which it starts. A word that is not of this world raises a ValueError.
+    of the room that a motion uses. A word that is not of this world raises a ValueError.
     """
     colour: str
     shape: str
@@ -401,7 +402,6 @@ class Scene:
     radius: float = 0.4
     angle: float = 0.0
     travel: float = 1.0
-    phase: float = 0.0
 
     def __post_init__(self):
         for kind, words in WORLD.items():
@@ -412,7 +412,7 @@ class Scene:
         "A scene at random; `Scene.random(rng, shape='star')` leaves the rest to chance."
         rng = np.random.default_rng(rng)                        # a seed will do as well
         words = random_words(rng, **fixed)
-        return cls(**words, **place(words["motion"], rng.random(6)))
+        return cls(**words, **place(words["motion"], rng.random(5)))
 
     @property
     def caption(self) -> str: return caption_variant(self)
@@ -432,7 +432,7 @@ def turn_arc(x, y, radius, angle, turned, size: int) -> Tensor:
     "How opaque the arc is that an object has drawn around itself while it `turned`, clockwise above 0: `(n, size, size)`."
     x, y, radius, angle, turned = stand_up(x, y, radius, angle, turned)
     dx, dy = pixel_offsets(x, y, size)
-    band = coverage(((torch.sqrt(dx ** 2 + dy ** 2) - 1.18 * radius).abs() - 0.075) * size / 2)
+    band = coverage(((torch.sqrt(dx ** 2 + dy ** 2) - 1.2 * radius).abs() - 0.1) * size / 2)
     behind = torch.remainder((angle - math.pi / 2 - torch.atan2(dy, dx)) * turned.sign(), 2 * math.pi)
     return band * (behind < turned.abs()) * 0.65 * (1 - behind / math.pi)
 
@@ -481,6 +481,11 @@ def draw_scenes(n: int, seed: int) -> list[Scene]:
         if not held_out(s.colour, s.shape, s.motion): out.append(s)
     return out
 
+# %% ../nbs/01_video.ipynb #db51a51c
+def pixels_of(frames) -> Tensor:
+    "What `check_frames` takes, as float32 `(f, h, w, 3)` from 0 to 255."
+    return torch.from_numpy(check_frames(frames).astype(np.float32, order="C"))
+
 # %% ../nbs/01_video.ipynb #fc0f6f39
 def separate(frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     "How opaque the object is at every pixel, `(f, h, w)` from 0 to 1, and the colours of background and object: from `(f, h, w, 3)`."
@@ -524,49 +529,51 @@ def travel_scores(centres: Tensor) -> dict[str, float]:
     "How well each motion that changes place explains the path of the centres: 1 is perfect."
     t = torch.arange(len(centres))
     along = correlation(centres, t)
-    bounce = torch.sin(math.pi * (t / 8 + torch.arange(32)[:, None] / 32)).abs()        # 32 phases
+    bounce = torch.sin(math.pi * (t / 12 + torch.arange(32)[:, None] / 32)).abs()        # 32 phases
     circle = [correlation(centres, torch.exp(sign * 2j * math.pi * t / 16)).abs() for sign in (1, -1)]
     right, down = along.real.item(), along.imag.item()
     return {"moving left": -right, "moving right": right, "moving up": -down, "moving down": down,
             "bouncing": -correlation(centres, bounce).imag.min().item(), "orbiting": max(circle).item()}
 
 # %% ../nbs/01_video.ipynb #24e3b245
-def polar(opacity: Tensor, centre: Tensor, reach: Tensor, steps: int = 72, rings: int = 8) -> Tensor:
+def polar(opacity: Tensor, centre: Tensor, reach: Tensor, steps: int = 144, rings: int = 8) -> Tensor:
     "The picture along `rings` circles around a centre, out to `reach`: `(f, rings, steps)`, clockwise from the right."
     a, r = torch.arange(steps) * 2 * math.pi / steps, (torch.arange(rings)[:, None] + 0.5) / rings * reach
     grid = torch.stack([centre.real + r * a.cos(), centre.imag + r * a.sin()], -1)
     return F.grid_sample(opacity[:, None], grid.expand(len(opacity), -1, -1, -1), align_corners=False)[:, 0]
 
 # %% ../nbs/01_video.ipynb #4b40df4c
-def turn_differences(rings: Tensor) -> Tensor:
-    "By how much neighbouring frames differ after a turn by each step, as a share of what is there: `(steps,)`."
+def turn_differences(rings: Tensor, lag: int = 1) -> Tensor:
+    "By how much frames that are `lag` apart differ after a turn by each step, as a share of what is there: `(steps,)`."
     waves = torch.fft.rfft(rings)
-    together = torch.fft.irfft(waves[:-1].conj() * waves[1:], n=rings.shape[-1]).sum((0, 1))
-    power = rings[:-1].square().sum() + rings[1:].square().sum()
+    together = torch.fft.irfft(waves[:-lag].conj() * waves[lag:], n=rings.shape[-1]).sum((0, 1))
+    power = rings[:-lag].square().sum() + rings[lag:].square().sum()
     return (power - 2 * together) / power.clamp(min=1e-6)
 
 # %% ../nbs/01_video.ipynb #23eb6abd
 def read_turn(opacity: Tensor, centre: Tensor, radius: Tensor) -> float:
-    "The share of the difference of neighbouring frames that a turn takes away; negative if anticlockwise, 0 if none."
-    difference = turn_differences(polar(opacity, centre, 1.7 * radius))
+    "By how many degrees the object turns from frame to frame, clockwise above 0; 0 if a turn takes away less than half of the difference."
+    difference = turn_differences(polar(opacity, centre, 1.7 * radius), lag=4)
     eighth = len(difference) // 8
     near = torch.cat([difference[-eighth:], difference[: eighth + 1]])                  # from -45 to 45 degrees
-    gain, best = (difference[0] - near.min()).item(), int(near.argmin()) - eighth
-    return math.copysign(gain / difference[0].item(), best) if gain > 0.0015 else 0.0
+    gain, turned = difference[0] - near.min(), 360 / len(difference) * (int(near.argmin()) - eighth)
+    return turned / 4 if gain > max(0.0015, difference[0] / 2) else 0.0
 
 # %% ../nbs/01_video.ipynb #7e41ee6d
 def read_arc(opacity: Tensor, centre: Tensor, radius: Tensor) -> float:
-    "1 or -1 if what lies around the object swings clockwise or anticlockwise about it, by 2 degrees a frame or more; 0 if not."
+    "By how many degrees the middle of an arc around the object swings from frame to frame, clockwise above 0; 0 if there is none."
     outside = polar(opacity, centre, 1.7 * radius)[:, 5:].mean(1)
     arrows = torch.fft.rfft(outside)[:, 1] / outside.shape[-1]
-    swing = (arrows[:-1] * arrows[1:].conj()).sum().angle().item()
-    return math.copysign(1, swing) if arrows.abs().mean() > 0.02 and abs(swing) > math.radians(2) else 0.0
+    swings, size = arrows[:-4] * arrows[4:].conj(), arrows.abs()
+    steady = swings.sum().abs() > 0.9 * swings.abs().sum()
+    drawn = size.mean() > 0.02 and correlation(size, torch.arange(len(size))).abs() > 0.5
+    return math.degrees(swings.sum().angle().item()) / 4 if steady and drawn else 0.0
 
 # %% ../nbs/01_video.ipynb #4cc8e676
 def read_motion(opacity: Tensor) -> str:
     """One of MOTIONS or unclear, from the opacity of every pixel, `(f, h, w)`.
 
-    Needs 8 frames, and the rhythm of the world: half a turn, an orbit or two bounces in 16.
+    Needs 8 frames, and the rhythm of the world: a quarter turn or an orbit in 16, a bounce in 12.
     """
     centres, radii = track(solid(opacity))
     if len(centres) < 8: return "unclear"
@@ -578,8 +585,8 @@ def read_motion(opacity: Tensor) -> str:
     scores = travel_scores(centres)
     best = max(scores, key=scores.get)
     if spread > 0.15 and scores[best] > 0.9: return best
-    if spread < 0.25 and abs(turn) > 0.25: return "spinning clockwise" if turn > 0 else "spinning anticlockwise"
-    return "standing still" if spread < 0.05 and abs(turn) < 0.1 else "unclear"
+    if spread < 0.25 and abs(turn) > 1.5: return "spinning clockwise" if turn > 0 else "spinning anticlockwise"
+    return "standing still" if spread < 0.05 else "unclear"
 
 # %% ../nbs/01_video.ipynb #ede0bccb
 def portrait(body: Tensor, size: int = 20) -> Tensor:
@@ -594,13 +601,14 @@ def portrait(body: Tensor, size: int = 20) -> Tensor:
 @lru_cache
 def portraits() -> Tensor:
     "Of each shape as the world draws it, large and small, turned, with arc and echo lines: `(6, drawings, pixels)`."
-    views = [("spinning clockwise", angle, radius, False) for angle in (0, math.pi / 16) for radius in (0.3, 0.4)]
-    views += [(f"spinning {way}", 0, 0.4, True) for way in ("clockwise", "anticlockwise")]
+    ways = ("spinning clockwise", "spinning anticlockwise")
+    views = [(way, angle, radius, False) for way in ways for angle in (-0.1, 0.1) for radius in (0.35, 0.45)]
+    views += [(way, 0, 0.45, True) for way in ways]
     views += [("growing", angle, 0.48, True) for angle in (-0.2, 0, 0.2)]
 
     def draw(shape, motion, angle, radius, trail):
         clip = Scene("red", shape, motion, "dark", angle=angle, radius=radius).render(trail=trail)
-        return portrait(solid(separate(torch.from_numpy(clip).float())[0]))
+        return portrait(solid(separate(pixels_of(clip))[0]))
 
     return torch.stack([torch.cat([draw(shape, *view) for view in views]) for shape in SHAPES])
 
@@ -630,8 +638,7 @@ def read_clip(frames) -> Reading:
 
     Takes what `check_frames` takes. The motion of a clip of fewer than 8 frames is unclear, and so is everything that fits no rule.
     """
-    pixels = torch.from_numpy(check_frames(frames).astype(np.float32, order="C"))
-    opacity, ground, ink = separate(pixels)
+    opacity, ground, ink = separate(pixels_of(frames))
     background = nearest(ground, BACKGROUNDS)
     if (ink - ground).norm() < 60: return Reading("unclear", "unclear", "unclear", background)
     overlap = overlaps(solid(opacity))
