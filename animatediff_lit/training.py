@@ -27,15 +27,15 @@ from .evaluation import VIDEO_ENCODER, NanoCLIP, VideoEncoder, caption_ids, grid
 from .latents import encode_text, encode_video, nano_autoencoder, nano_text_encoder, word_tokenizer, world_words
 from .pipeline import AnimationPipeline
 from .unet import UNet3DConditionModel
-from .video import Scene, VideoFolder, caption_variant, contact_sheet, draw_scenes, png, write_whole
+from .video import Scene, VideoFolder, caption_variant, contact_sheet, draw_scenes, png, reverse_motion, write_whole
 
 # %% auto #0
-__all__ = ['OPPOSITES', 'CAPTION_MIX', 'STILLS_BIAS', 'NANO_RECIPES', 'step_generator', 'Recipe', 'learning_rate',
-           'save_checkpoint', 'load_checkpoint', 'my_part', 'Run', 'fit', 'autoencoder_loss', 'render_clips',
-           'draw_frames', 'reverse_motion', 'contrastive_loss', 'captions_of', 'draw_pairs', 'LatentClips',
-           'embed_captions', 'encode_clips', 'nano_schedule', 'denoising_loss', 'train_images', 'train_motion',
-           'reversal_probe', 'nano_scheduler', 'tokenizer_for', 'train_encoders', 'loss_figure', 'watcher',
-           'film_clips', 'train_stages', 'save_nano', 'train_nano', 'main']
+__all__ = ['CAPTION_MIX', 'STILLS_BIAS', 'NANO_RECIPES', 'step_generator', 'Recipe', 'learning_rate', 'save_checkpoint',
+           'load_checkpoint', 'my_part', 'Run', 'fit', 'autoencoder_loss', 'render_clips', 'draw_frames',
+           'contrastive_loss', 'captions_of', 'draw_pairs', 'LatentClips', 'embed_captions', 'encode_clips',
+           'nano_schedule', 'denoising_loss', 'train_images', 'train_motion', 'reversal_probe', 'nano_scheduler',
+           'tokenizer_for', 'train_encoders', 'loss_figure', 'watcher', 'film_clips', 'train_stages', 'save_nano',
+           'train_nano', 'main']
 
 # %% ../nbs/10_training.ipynb #0d4b1a48
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -186,14 +186,6 @@ def draw_frames(clips: Tensor) -> Callable[[torch.Generator, int], dict[str, Ten
     "Single frames out of `clips`, and the noise for their latents."
     pool, side = clips.flatten(0, 1), clips.shape[-2] // 4
     return lambda g, batch: {"frames": pool[torch.randint(len(pool), (batch,), generator=g)], "noise": torch.randn(batch, 4, side, side, generator=g)}
-
-# %% ../nbs/10_training.ipynb #b15b669f
-OPPOSITES = {"left": "right", "up": "down", "clockwise": "anticlockwise", "growing": "shrinking"}
-OPPOSITES |= {b: a for a, b in OPPOSITES.items()} | {"counterclockwise": "clockwise"}
-
-def reverse_motion(caption: str) -> str:
-    "The same caption with the direction of its motion turned round; unchanged where there is none."
-    return " ".join(OPPOSITES.get(word, word) for word in caption.split())
 
 # %% ../nbs/10_training.ipynb #dc3b0886
 def contrastive_loss(model: NanoCLIP, ids: Tensor, opposite: Tensor, clips: Tensor) -> tuple[Tensor, dict[str, float]]:

@@ -29,14 +29,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 # %% auto #0
-__all__ = ['MARK', 'COLOURS', 'SHAPES', 'MOTIONS', 'BACKGROUNDS', 'WORLD', 'check_frames', 'enlarge', 'shared_palette',
-           'animation', 'read_animation', 'mp4', 'read_mp4', 'still', 'film_strip', 'png', 'write_whole', 'Video',
-           'save_video', 'load_video', 'labelled', 'tile', 'contact_sheet', 'moving_sheet', 'ring', 'heart', 'moon',
-           'outline', 'distance_map', 'pixel_offsets', 'stand_up', 'silhouette', 'coverage', 'path_of', 'place',
-           'random_words', 'Scene', 'caption_variant', 'turn_arc', 'trail_of', 'echo_of', 'render_scene', 'held_out',
-           'draw_scenes', 'pixels_of', 'separate', 'nearest', 'solid', 'track', 'correlation', 'travel_scores', 'polar',
-           'turn_differences', 'read_turn', 'read_arc', 'read_motion', 'portrait', 'portraits', 'overlaps', 'Reading',
-           'read_clip', 'video_length', 'read_window', 'read_captions', 'VideoFolder']
+__all__ = ['MARK', 'COLOURS', 'SHAPES', 'MOTIONS', 'BACKGROUNDS', 'WORLD', 'OPPOSITES', 'check_frames', 'enlarge',
+           'shared_palette', 'animation', 'read_animation', 'mp4', 'read_mp4', 'still', 'film_strip', 'png',
+           'write_whole', 'Video', 'save_video', 'load_video', 'labelled', 'tile', 'contact_sheet', 'moving_sheet',
+           'ring', 'heart', 'moon', 'outline', 'distance_map', 'pixel_offsets', 'stand_up', 'silhouette', 'coverage',
+           'path_of', 'place', 'random_words', 'Scene', 'caption_variant', 'reverse_motion', 'turn_arc', 'trail_of',
+           'echo_of', 'render_scene', 'held_out', 'draw_scenes', 'pixels_of', 'separate', 'nearest', 'solid', 'track',
+           'correlation', 'travel_scores', 'polar', 'turn_differences', 'read_turn', 'read_arc', 'read_motion',
+           'portrait', 'portraits', 'overlaps', 'Reading', 'read_clip', 'video_length', 'read_window', 'read_captions',
+           'VideoFolder']
 
 # %% ../nbs/01_video.ipynb #4de2f2a7
 def check_frames(frames) -> np.ndarray:
@@ -426,6 +427,14 @@ def caption_variant(scene: Scene, kind: int = 0) -> str:
     motion = "" if kind in (2, 3) else " " + scene.motion
     ground = "" if kind in (1, 3) else f" on a {scene.background} background"
     return f"{'an' if scene.colour[0] in 'aeiou' else 'a'} {scene.colour} {scene.shape}{motion}{ground}"
+
+# %% ../nbs/01_video.ipynb #550b7691
+OPPOSITES: dict[str, str] = {"left": "right", "up": "down", "clockwise": "anticlockwise", "growing": "shrinking"}
+OPPOSITES |= {b: a for a, b in OPPOSITES.items()} | {"counterclockwise": "clockwise"}
+
+def reverse_motion(caption: str) -> str:
+    "The same caption with the direction of its motion turned round; unchanged where there is none."
+    return " ".join(OPPOSITES.get(word, word) for word in caption.split())
 
 # %% ../nbs/01_video.ipynb #cf6f7c13
 def turn_arc(x, y, radius, angle, turned, size: int) -> Tensor:
