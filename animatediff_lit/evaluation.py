@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from .latents import decode_video, encode_video
 from .pipeline import NANO, AnimationPipeline
-from .video import (BACKGROUNDS, COLOURS, MOTIONS, SHAPES, Scene, Video, contact_sheet, held_out,
+from .video import (BACKGROUNDS, COLOURS, MOTIONS, SHAPES, Scene, Video, contact_sheet, held_out, hollow,
                                    moving_sheet, pixels_of, png, polar, read_clip, separate, solid, track, turn_differences, write_whole)
 
 # %% auto #0
@@ -115,7 +115,7 @@ def judge(scene: Scene, frames) -> dict[str, bool | float | str]:
     right = {kind: getattr(found, kind) == getattr(scene, kind) for kind in ("colour", "shape", "motion", "background")}
     return {"asked": scene.caption, "motion asked": scene.motion, "read": " ".join((found.colour, found.shape, found.motion)), **right,
             "all three": right["colour"] and right["shape"] and right["motion"], "seen": not held_out(scene.colour, scene.shape, scene.motion),
-            "flicker": flicker(frames), "movement": movement(frames)}
+            "flicker": flicker(frames), "movement": movement(frames), "hollow": hollow(frames)}
 
 # %% ../nbs/09b_evaluation.ipynb #66a53d6f
 def generate(pipe: AnimationPipeline, scenes: Sequence[Scene], batch: int = 11, seed: int = 0, **options) -> list[Video]:
@@ -157,7 +157,7 @@ def lines(rows: Sequence[dict]) -> dict[str, list[bool]]:
     return out | {m: [r["motion"] for r in rows if r["motion asked"] == m] for m in MOTIONS}
 
 # %% ../nbs/09b_evaluation.ipynb #b091ebfd
-MEASURES = ("flicker", "movement", "alignment")
+MEASURES = ("flicker", "movement", "hollow", "alignment")
 
 def summary(rows: Sequence[dict]) -> dict[str, list[float]]:
     "For every line of the table: the value and its 95 % interval, `[value, low, high]`."
@@ -180,11 +180,11 @@ def table(columns: dict[str, dict[str, list[float]]]) -> str:
     return "\n".join([f"| | {' | '.join(columns)} |", "| --- |" + " --- |" * len(columns), *rows])
 
 # %% ../nbs/09b_evaluation.ipynb #6fd47775
-def evaluate(pipe: AnimationPipeline, out: str | Path, n: int = 330, clip: NanoCLIP | None = None, **options) -> dict[str, dict[str, list[float]]]:
-    "Judge `n` clips of a pipeline beside real ones; alignment too if there is a `clip`. Writes `table.md`, `evaluation.json`, `sheet.png` and `moving.apng` into the folder `out`."
+def evaluate(pipe: AnimationPipeline, out: str | Path, n: int = 330, clip: NanoCLIP | None = None, style: str = "plain", **options) -> dict[str, dict[str, list[float]]]:
+    "Judge `n` clips of a pipeline beside real ones of a `style`; alignment too if there is a `clip`. Writes `table.md`, `evaluation.json`, `sheet.png` and `moving.apng` into the folder `out`."
     scenes, out = grid(n), Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    real = [Video(s.render(), caption=s.caption) for s in scenes]
+    real = [Video(s.render(style=style), caption=s.caption) for s in scenes]
     made = {"model": generate(pipe, scenes, **options), "real clips": real, "through the autoencoder": through_autoencoder(pipe, real)}
     rows = {name: [judge(s, v.frames) for s, v in zip(scenes, videos)] for name, videos in made.items()}
     for name, videos in made.items() if clip else ():

@@ -19,23 +19,23 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from matplotlib.figure import Figure
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from .diffusion import NoiseSchedule
 from .evaluation import VIDEO_ENCODER, NanoCLIP, VideoEncoder, caption_ids, grid, judge, summary, to_model
 from .latents import encode_text, encode_video, nano_autoencoder, nano_text_encoder, word_tokenizer, world_words
-from .pipeline import AnimationPipeline
+from .pipeline import NANO, AnimationPipeline
 from .unet import UNet3DConditionModel
 from .video import Scene, VideoFolder, caption_variant, contact_sheet, draw_scenes, png, reverse_motion, write_whole
 
 # %% auto #0
-__all__ = ['CAPTION_MIX', 'STILLS_BIAS', 'NANO_RECIPES', 'step_generator', 'Recipe', 'learning_rate', 'save_checkpoint',
-           'load_checkpoint', 'my_part', 'Run', 'fit', 'autoencoder_loss', 'render_clips', 'draw_frames',
-           'contrastive_loss', 'captions_of', 'draw_pairs', 'LatentClips', 'embed_captions', 'encode_clips',
-           'nano_schedule', 'denoising_loss', 'train_images', 'train_motion', 'reversal_probe', 'nano_scheduler',
-           'tokenizer_for', 'train_encoders', 'loss_figure', 'watcher', 'film_clips', 'train_stages', 'save_nano',
-           'train_nano', 'main']
+__all__ = ['CAPTION_MIX', 'STILLS_BIAS', 'NANO_RECIPES', 'STYLES_FOLDER', 'step_generator', 'Recipe', 'learning_rate',
+           'save_checkpoint', 'load_checkpoint', 'my_part', 'Run', 'fit', 'autoencoder_loss', 'render_clips',
+           'draw_frames', 'contrastive_loss', 'captions_of', 'draw_pairs', 'LatentClips', 'embed_captions',
+           'encode_clips', 'nano_schedule', 'denoising_loss', 'train_images', 'train_motion', 'reversal_probe',
+           'nano_scheduler', 'tokenizer_for', 'train_encoders', 'loss_figure', 'watcher', 'film_clips', 'train_stages',
+           'save_nano', 'train_nano', 'main', 'train_style', 'save_delta', 'add_delta']
 
 # %% ../nbs/10_training.ipynb #0d4b1a48
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -178,9 +178,9 @@ def autoencoder_loss(vae: nn.Module, frames: Tensor, noise: Tensor) -> tuple[Ten
     return loss, {"psnr": 10 * math.log10(4 / squared.item())}
 
 # %% ../nbs/10_training.ipynb #3973a83f
-def render_clips(scenes: Sequence[Scene], frames: int = 16, size: int = 32) -> Tensor:
+def render_clips(scenes: Sequence[Scene], frames: int = 16, size: int = 32, style: str = "plain") -> Tensor:
     "All clips, uint8 `(n, frames, size, size, 3)`."
-    return torch.stack([torch.from_numpy(s.render(frames, size)) for s in tqdm(scenes, desc="rendering", disable="IN_TEST" in os.environ)])
+    return torch.stack([torch.from_numpy(s.render(frames, size, style=style)) for s in tqdm(scenes, desc="rendering", disable="IN_TEST" in os.environ)])
 
 def draw_frames(clips: Tensor) -> Callable[[torch.Generator, int], dict[str, Tensor]]:
     "Single frames out of `clips`, and the noise for their latents."
@@ -416,3 +416,27 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 # %% ../nbs/10_training.ipynb #30cd714c
 if __name__ == "__main__" and "__file__" in globals(): main()          # a notebook is __main__ as well, but no file
+
+# %% ../nbs/10_training.ipynb #9ef4a4ba
+def train_style(pipe: AnimationPipeline, style: str, recipe: Recipe, clips: int = 4096, **options) -> list[dict[str, float]]:
+    "Fine-tune a pipeline's image model on stills of one style of the world; the motion modules are not touched."
+    scenes = draw_scenes(clips, seed=6)
+    data = encode_clips([captions_of(s) for s in scenes], render_clips(scenes, style=style), pipe.vae, pipe.text_encoder, pipe.tokenizer)
+    return train_images(pipe.unet, data, recipe, **options)
+
+# %% ../nbs/10_training.ipynb #9ba0e03e
+STYLES_FOLDER = NANO.parent / "styles"
+
+def save_delta(tuned: nn.Module, base: nn.Module, path: str | Path) -> None:
+    "What fine-tuning changed, as .safetensors in float16."
+    before = base.state_dict()
+    write_whole(Path(path), save({n: (p - before[n]).half().contiguous() for n, p in tuned.state_dict().items() if not torch.equal(p, before[n])}))
+
+# %% ../nbs/10_training.ipynb #b99f54d6
+@torch.no_grad()
+def add_delta(model: nn.Module, path: str | Path, scale: float = 1.0) -> None:
+    "Add such differences to the weights of `model`, `scale` times; a file that does not fit raises a ValueError and changes nothing."
+    own, delta = model.state_dict(), load_file(path)
+    wrong = [n for n, d in delta.items() if n not in own or own[n].shape != d.shape]
+    if wrong: raise ValueError(f"{path} does not fit this model, which has no weight {wrong[0]} of the shape {tuple(delta[wrong[0]].shape)}: load the model that it was made from.")
+    for n, d in delta.items(): own[n] += scale * d

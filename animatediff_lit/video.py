@@ -11,6 +11,7 @@ import os
 import textwrap
 import warnings
 from base64 import b64encode
+from collections.abc import Callable
 from contextlib import suppress
 from csv import DictReader
 from dataclasses import dataclass
@@ -29,15 +30,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 # %% auto #0
-__all__ = ['MARK', 'COLOURS', 'SHAPES', 'MOTIONS', 'BACKGROUNDS', 'WORLD', 'OPPOSITES', 'check_frames', 'enlarge',
+__all__ = ['MARK', 'COLOURS', 'SHAPES', 'MOTIONS', 'BACKGROUNDS', 'WORLD', 'OPPOSITES', 'STYLES', 'check_frames', 'enlarge',
            'shared_palette', 'animation', 'read_animation', 'mp4', 'read_mp4', 'still', 'film_strip', 'png',
            'write_whole', 'Video', 'save_video', 'load_video', 'labelled', 'tile', 'contact_sheet', 'moving_sheet',
            'ring', 'heart', 'moon', 'outline', 'distance_map', 'pixel_offsets', 'stand_up', 'silhouette', 'coverage',
-           'path_of', 'place', 'random_words', 'Scene', 'caption_variant', 'reverse_motion', 'turn_arc', 'trail_of',
-           'echo_of', 'render_scene', 'held_out', 'draw_scenes', 'pixels_of', 'separate', 'nearest', 'solid', 'track',
-           'correlation', 'travel_scores', 'polar', 'turn_differences', 'read_turn', 'read_arc', 'read_motion',
-           'portrait', 'portraits', 'overlaps', 'Reading', 'read_clip', 'video_length', 'read_window', 'read_captions',
-           'VideoFolder']
+           'path_of', 'place', 'random_words', 'Scene', 'caption_variant', 'reverse_motion', 'turn_arc', 'neon',
+           'trail_of', 'echo_of', 'render_scene', 'held_out', 'draw_scenes', 'pixels_of', 'separate', 'nearest',
+           'filled', 'solid', 'hollow', 'track', 'correlation', 'travel_scores', 'polar', 'turn_differences',
+           'read_turn', 'read_arc', 'read_motion', 'portrait', 'portraits', 'overlaps', 'Reading', 'read_clip',
+           'video_length', 'read_window', 'read_captions', 'VideoFolder']
 
 # %% ../nbs/01_video.ipynb #4de2f2a7
 def check_frames(frames) -> np.ndarray:
@@ -418,8 +419,8 @@ class Scene:
     @property
     def caption(self) -> str: return caption_variant(self)
     def path(self, t) -> np.ndarray: return path_of(self, t)
-    def render(self, frames: int = 16, size: int = 32, trail: bool = True) -> np.ndarray:
-        return render_scene(self, frames, size, trail)
+    def render(self, frames: int = 16, size: int = 32, trail: bool = True, style: str = "plain") -> np.ndarray:
+        return render_scene(self, frames, size, trail, style)
 
 # %% ../nbs/01_video.ipynb #afe781b7
 def caption_variant(scene: Scene, kind: int = 0) -> str:
@@ -445,15 +446,23 @@ def turn_arc(x, y, radius, angle, turned, size: int) -> Tensor:
     behind = torch.remainder((angle - math.pi / 2 - torch.atan2(dy, dx)) * turned.sign(), 2 * math.pi)
     return band * (behind < turned.abs()) * 0.65 * (1 - behind / math.pi)
 
+# %% ../nbs/01_video.ipynb #536ff1c3
+def neon(distance: Tensor) -> Tensor:
+    "How opaque a tube of light along the outline is at `distance` pixels from it, with its glow."
+    tube, glow = coverage(distance.abs() - 0.9), 0.4 * torch.exp(-(distance / 1.4) ** 2)
+    return 1 - (1 - tube) * (1 - glow)
+
+STYLES: dict[str, Callable[[Tensor], Tensor]] = {"plain": coverage, "neon": neon}
+
 # %% ../nbs/01_video.ipynb #e135d3d7
-def trail_of(scene: Scene, t: np.ndarray, size: int) -> list[Tensor]:
+def trail_of(scene: Scene, t: np.ndarray, size: int, paint: Callable[[Tensor], Tensor] = coverage) -> list[Tensor]:
     "What is painted under the object in its colour, as opacities `(n, size, size)`: ghosts of earlier times, or an arc."
-    if scene.motion in ("growing", "standing still"): return []
+    if scene.motion == "standing still" or scene.motion == "growing" and paint is coverage: return []
     if scene.motion.startswith("spinning"):
         now = scene.path(t)
         return [turn_arc(*now, now[3] - scene.angle, size)]
     step = 1 if scene.motion in ("bouncing", "orbiting") else 2                         # fast motions leave closer ghosts
-    return [opacity * coverage(silhouette(scene.shape, *scene.path(t - age), size=size))
+    return [opacity * paint(silhouette(scene.shape, *scene.path(t - age), size=size))
             for age, opacity in ((3 * step, .12), (2 * step, .24), (step, .38))]
 
 # %% ../nbs/01_video.ipynb #2d13ab6f
@@ -464,13 +473,15 @@ def echo_of(scene: Scene, t: np.ndarray, size: int, body: Tensor) -> list[Tensor
             for age, opacity in ((3, .60), (6, .45))]
 
 # %% ../nbs/01_video.ipynb #a960fb6a
-def render_scene(scene: Scene, frames: int = 16, size: int = 32, trail: bool = True) -> np.ndarray:
-    "The clip of a scene, uint8 `(frames, size, size, 3)`; fewer than 1 frame or 8 pixels raise a ValueError."
+def render_scene(scene: Scene, frames: int = 16, size: int = 32, trail: bool = True, style: str = "plain") -> np.ndarray:
+    "The clip of a scene, uint8 `(frames, size, size, 3)`; fewer than 1 frame or 8 pixels, or an unknown style, raise a ValueError."
+    if style not in STYLES: raise ValueError(f"{style!r} is no style of this world: use one of {', '.join(STYLES)}.")
     if frames < 1 or size < 8: raise ValueError(f"A clip of {frames} frames of {size}x{size} cannot be drawn: give at least 1 frame and 8 pixels.")
     t = np.arange(frames)
-    body = coverage(silhouette(scene.shape, *scene.path(t), size=size))
+    paint = STYLES[style]
+    body = paint(silhouette(scene.shape, *scene.path(t), size=size))
     ground, ink = (torch.tensor(c, dtype=torch.float32) for c in (BACKGROUNDS[scene.background], COLOURS[scene.colour]))
-    under, over = (trail_of(scene, t, size), echo_of(scene, t, size, body)) if trail else ([], [])
+    under, over = trail_of(scene, t, size, paint) if trail else [], echo_of(scene, t, size, body) if trail and paint is coverage else []
     picture = ground.expand(frames, size, size, 3)
     for opacity in under + [body]: picture = picture + opacity[..., None] * (ink - picture)
     for opacity in over: picture = picture + opacity[..., None] * (ground - picture)
@@ -514,9 +525,25 @@ def nearest(colour: Tensor, names: dict[str, tuple[int, int, int]], limit: float
     return list(names)[int(distance.argmin())] if distance.min() <= limit else "unclear"
 
 # %% ../nbs/01_video.ipynb #a3f2689e
+def filled(opacity: Tensor) -> Tensor:
+    "Every hole as opaque as the weakest place of what surrounds it, so that an outline counts as a whole object: `(f, h, w)` -> `(f, h, w)`."
+    before, level = None, F.pad(torch.ones_like(opacity)[:, 1:-1, 1:-1], (1, 1, 1, 1))
+    while before is None or not before.equal(level):                                    # air flows in from the border
+        before = level
+        level = torch.minimum(-F.max_pool2d(-level, (1, 3), 1, (0, 1)), -F.max_pool2d(-level, (3, 1), 1, (1, 0))).maximum(opacity)
+    return level
+
+# %% ../nbs/01_video.ipynb #dfa06e9e
 def solid(opacity: Tensor) -> Tensor:
     "The object alone: ghosts are less than 70 % opaque, so what lies above that is kept."
-    return ((opacity - 0.7) / 0.3).clamp(0, 1)
+    return ((filled(opacity) - 0.7) / 0.3).clamp(0, 1)
+
+# %% ../nbs/01_video.ipynb #b7596374
+def hollow(frames) -> float:
+    "How empty the inside of the object is: near 0 if it is solid, near 1 if it is an outline. Takes what `check_frames` takes."
+    opacity = separate(pixels_of(frames))[0]
+    inside = -F.max_pool2d(-filled(opacity), 5, 1, 2)                                   # two pixels away from the edge
+    return 1 - ((opacity * inside).sum() / inside.sum().clamp(min=1e-6)).item()
 
 # %% ../nbs/01_video.ipynb #4a20e24f
 def track(body: Tensor) -> tuple[Tensor, Tensor]:
@@ -579,12 +606,12 @@ def read_arc(opacity: Tensor, centre: Tensor, radius: Tensor) -> float:
     return math.degrees(swings.sum().angle().item()) / 4 if steady and drawn else 0.0
 
 # %% ../nbs/01_video.ipynb #4cc8e676
-def read_motion(opacity: Tensor) -> str:
-    """One of MOTIONS or unclear, from the opacity of every pixel, `(f, h, w)`.
+def read_motion(opacity: Tensor, body: Tensor) -> str:
+    """One of MOTIONS or unclear, from the opacity of every pixel and the solid part of it, both `(f, h, w)`.
 
     Needs 8 frames, and the rhythm of the world: a quarter turn or an orbit in 16, a bounce in 12.
     """
-    centres, radii = track(solid(opacity))
+    centres, radii = track(body)
     if len(centres) < 8: return "unclear"
     spread = (centres - centres.mean()).abs().square().mean().sqrt()
     growth = correlation(radii, torch.arange(len(radii))).real * radii.std() / radii.mean()
@@ -609,14 +636,15 @@ def portrait(body: Tensor, size: int = 20) -> Tensor:
 # %% ../nbs/01_video.ipynb #038a5410
 @lru_cache
 def portraits() -> Tensor:
-    "Of each shape as the world draws it, large and small, turned, with arc and echo lines: `(6, drawings, pixels)`."
+    "Of each shape as the world draws it, large and small, turned, with arc and echo lines, in both styles: `(6, drawings, pixels)`."
     ways = ("spinning clockwise", "spinning anticlockwise")
     views = [(way, angle, radius, False) for way in ways for angle in (-0.1, 0.1) for radius in (0.35, 0.45)]
     views += [(way, 0, 0.45, True) for way in ways]
     views += [("growing", angle, 0.48, True) for angle in (-0.2, 0, 0.2)]
+    views += [(way, 0, radius, False, "neon") for way in ways for radius in (0.4, 0.5)]
 
-    def draw(shape, motion, angle, radius, trail):
-        clip = Scene("red", shape, motion, "dark", angle=angle, radius=radius).render(trail=trail)
+    def draw(shape, motion, angle, radius, trail, style="plain"):
+        clip = Scene("red", shape, motion, "dark", angle=angle, radius=radius).render(trail=trail, style=style)
         return portrait(solid(separate(pixels_of(clip))[0]))
 
     return torch.stack([torch.cat([draw(shape, *view) for view in views]) for shape in SHAPES])
@@ -650,9 +678,10 @@ def read_clip(frames) -> Reading:
     opacity, ground, ink = separate(pixels_of(frames))
     background = nearest(ground, BACKGROUNDS)
     if (ink - ground).norm() < 60: return Reading("unclear", "unclear", "unclear", background)
-    overlap = overlaps(solid(opacity))
+    body = solid(opacity)
+    overlap = overlaps(body)
     shape = SHAPES[int(overlap.argmax())] if overlap.max() > 0.6 else "unclear"
-    return Reading(nearest(ink, COLOURS), shape, read_motion(opacity), background)
+    return Reading(nearest(ink, COLOURS), shape, read_motion(opacity, body), background)
 
 # %% ../nbs/01_video.ipynb #0f868dff
 def video_length(path: Path) -> int:

