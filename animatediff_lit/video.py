@@ -18,6 +18,7 @@ from functools import lru_cache
 from itertools import islice
 from numbers import Real
 from pathlib import Path
+from typing import Any
 import imageio_ffmpeg
 import mediapy as mp
 import numpy as np
@@ -39,7 +40,7 @@ __all__ = ['MARK', 'COLOURS', 'SHAPES', 'MOTIONS', 'BACKGROUNDS', 'WORLD', 'chec
            'read_clip', 'video_length', 'read_window', 'read_captions', 'VideoFolder']
 
 # %% ../nbs/01_video.ipynb #4de2f2a7
-def check_frames(frames) -> np.ndarray:
+def check_frames(frames: Any) -> np.ndarray:
     """One clip as uint8 `(frames, height, width, 3)`, from such an array or tensor or from floats from 0 to 1.
 
     Another shape, or floats outside of 0 to 1, raise a ValueError; other types raise a TypeError.
@@ -80,11 +81,10 @@ def shared_palette(pictures: list[Image.Image]) -> list[Image.Image]:
 def animation(frames: np.ndarray, fps: float, caption: str = "", kind: str = "PNG") -> bytes:
     "The bytes of an animated PNG or GIF that loops for ever: frames `(f, h, w, 3)`, uint8."
     note = MARK + json.dumps({"frames": len(frames), "fps": float(fps), "caption": caption})
-    pictures, tick, extra = [Image.fromarray(f) for f in frames], 1, {}
+    pictures, tick, info = [Image.fromarray(f) for f in frames], 1, PngInfo()
+    info.add_text("Comment", note)
+    extra: dict[str, Any] = {"pnginfo": info}
     if kind == "GIF": pictures, tick, extra = shared_palette(pictures), 10, {"comment": note}
-    else:
-        extra["pnginfo"] = PngInfo()
-        extra["pnginfo"].add_text("Comment", note)
     ends = [round(1000 * i / fps / tick) for i in range(len(frames) + 1)]
     extra["duration"] = [max(tick, (b - a) * tick) for a, b in zip(ends, ends[1:])]
     out = io.BytesIO()
@@ -118,13 +118,14 @@ def read_mp4(path: Path) -> tuple[np.ndarray, float, str]:
     "Frames, frames per second and an empty caption."
     mp.set_ffmpeg(imageio_ffmpeg.get_ffmpeg_exe())
     video = mp.read_video(path)
+    assert video.metadata is not None                           # a file that was read has them
     return np.asarray(video), video.metadata.fps, ""
 
 # %% ../nbs/01_video.ipynb #bd882b9c
 def still(pixels: np.ndarray) -> Image.Image:
     "A Pillow image that shows itself as PNG alone; Pillow would add a JPEG, and double the size of a notebook."
     picture = Image.fromarray(pixels)
-    picture._repr_jpeg_ = None
+    picture._repr_jpeg_ = None  # type: ignore[method-assign, assignment]
     return picture
 
 # %% ../nbs/01_video.ipynb #3d1b27f0
@@ -161,17 +162,17 @@ class Video:
     Takes what `check_frames` takes. `fps` is the number of frames shown in a second; one that is not above 0 raises a ValueError.
     """
 
-    def __init__(self, frames, fps: float = 8, caption: str = ""):
-        if not (isinstance(fps, Real) and 0 < fps < math.inf): raise ValueError(f"fps is {fps!r}: give the number of frames in a second, more than 0.")
+    def __init__(self, frames: Any, fps: float = 8, caption: str = ""):
+        if not (isinstance(fps, (float, Real)) and 0 < fps < math.inf): raise ValueError(f"fps is {fps!r}: give the number of frames in a second, more than 0.")
         self.frames, self.fps, self.caption = check_frames(frames), fps, caption
 
     def __len__(self) -> int: return len(self.frames)
-    def __getitem__(self, index) -> np.ndarray: return self.frames[index]
+    def __getitem__(self, index: Any) -> np.ndarray: return self.frames[index]
     def __repr__(self) -> str:
         f, h, w, _ = self.frames.shape
         return f"Video({self.caption!r}, {f} frames of {h}x{w}, {self.fps:g} frames a second)"
 
-    def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, str]:
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
         moving = animation(enlarge(self.frames), self.fps, self.caption)
         return {"image/png": b64encode(moving).decode(), "text/plain": repr(self)}
 
@@ -311,19 +312,19 @@ def distance_map(shape: str, size: int = 128, extent: float = 2.0) -> Tensor:
     return torch.where(inside, -distance, distance)
 
 # %% ../nbs/01_video.ipynb #40c34341
-def pixel_offsets(x, y, size: int) -> tuple[Tensor, Tensor]:
+def pixel_offsets(x: Tensor | float, y: Tensor | float, size: int) -> tuple[Tensor, Tensor]:
     "Of every pixel from the points `(x, y)`: two tensors `(n, size, size)`."
     axis = (torch.arange(size) + 0.5) / size * 2 - 1
     py, px = torch.meshgrid(axis, axis, indexing="ij")
     return px - x, py - y
 
 # %% ../nbs/01_video.ipynb #e3038532
-def stand_up(*values) -> list[Tensor]:
+def stand_up(*values: Any) -> list[Tensor]:
     "Numbers or arrays of n as float32 `(n, 1, 1)`, ready to meet `(size, size)`."
     return [torch.as_tensor(v, dtype=torch.float32).reshape(-1, 1, 1) for v in values]
 
 # %% ../nbs/01_video.ipynb #d8feaad8
-def silhouette(shape: str, x, y, radius, angle, size: int = 32) -> Tensor:
+def silhouette(shape: str, x: Any, y: Any, radius: Any, angle: Any, *, size: int = 32) -> Tensor:
     "Distance in pixels from every pixel to the shape placed at each `(x, y, radius, angle)`: `(n, size, size)`."
     x, y, radius, angle = stand_up(x, y, radius, angle)
     dx, dy = pixel_offsets(x, y, size)
@@ -339,7 +340,7 @@ def coverage(distance: Tensor) -> Tensor:
     return (0.5 - distance).clamp(0, 1)
 
 # %% ../nbs/01_video.ipynb #1264b09a
-def path_of(scene: Scene, t) -> np.ndarray:
+def path_of(scene: Scene, t: Any) -> np.ndarray:
     "Where the object is at the times `t`, in frames: `(4, len(t))`, rows x, y, radius, angle."
     t = np.asarray(t, float)
     x, y, r, a = (np.full_like(t, v) for v in (scene.x, scene.y, scene.radius, scene.angle))
@@ -403,7 +404,7 @@ class Scene:
     travel: float = 1.0
     phase: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for kind, words in WORLD.items():
             if getattr(self, kind) not in words: raise ValueError(f"{getattr(self, kind)!r} is no {kind} of this world: use one of {', '.join(words)}.")
 
@@ -411,12 +412,12 @@ class Scene:
     def random(cls, rng: np.random.Generator | int, **fixed: str) -> Scene:
         "A scene at random; `Scene.random(rng, shape='star')` leaves the rest to chance."
         rng = np.random.default_rng(rng)                        # a seed will do as well
-        words = random_words(rng, **fixed)
-        return cls(**words, **place(words["motion"], rng.random(6)))
+        words: dict[str, Any] = random_words(rng, **fixed)
+        return cls(**words | place(words["motion"], rng.random(6)))
 
     @property
     def caption(self) -> str: return caption_variant(self)
-    def path(self, t) -> np.ndarray: return path_of(self, t)
+    def path(self, t: Any) -> np.ndarray: return path_of(self, t)
     def render(self, frames: int = 16, size: int = 32, trail: bool = True) -> np.ndarray:
         return render_scene(self, frames, size, trail)
 
@@ -428,7 +429,7 @@ def caption_variant(scene: Scene, kind: int = 0) -> str:
     return f"{'an' if scene.colour[0] in 'aeiou' else 'a'} {scene.colour} {scene.shape}{motion}{ground}"
 
 # %% ../nbs/01_video.ipynb #cf6f7c13
-def turn_arc(x, y, radius, angle, turned, size: int) -> Tensor:
+def turn_arc(x: Any, y: Any, radius: Any, angle: Any, turned: Any, size: int) -> Tensor:
     "How opaque the arc is that an object has drawn around itself while it `turned`, clockwise above 0: `(n, size, size)`."
     x, y, radius, angle, turned = stand_up(x, y, radius, angle, turned)
     dx, dy = pixel_offsets(x, y, size)
@@ -441,8 +442,8 @@ def trail_of(scene: Scene, t: np.ndarray, size: int) -> list[Tensor]:
     "What is painted under the object in its colour, as opacities `(n, size, size)`: ghosts of earlier times, or an arc."
     if scene.motion in ("growing", "standing still"): return []
     if scene.motion.startswith("spinning"):
-        now = scene.path(t)
-        return [turn_arc(*now, now[3] - scene.angle, size)]
+        x, y, radius, angle = scene.path(t)
+        return [turn_arc(x, y, radius, angle, angle - scene.angle, size)]
     step = 1 if scene.motion in ("bouncing", "orbiting") else 2                         # fast motions leave closer ghosts
     return [opacity * coverage(silhouette(scene.shape, *scene.path(t - age), size=size))
             for age, opacity in ((3 * step, .12), (2 * step, .24), (step, .38))]
@@ -475,7 +476,8 @@ def held_out(colour: str, shape: str, motion: str) -> bool:
 # %% ../nbs/01_video.ipynb #c7412f10
 def draw_scenes(n: int, seed: int) -> list[Scene]:
     "`n` scenes for training, none of them held out; everything follows from the seed."
-    rng, out = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
+    out: list[Scene] = []
     while len(out) < n:
         s = Scene.random(rng)
         if not held_out(s.colour, s.shape, s.motion): out.append(s)
@@ -576,7 +578,7 @@ def read_motion(opacity: Tensor) -> str:
     if spread < 0.15 and growth.abs() > 0.2: return "growing" if growth > 0 else "shrinking"
     if growth.abs() > 0.1: return "unclear"
     scores = travel_scores(centres)
-    best = max(scores, key=scores.get)
+    best = max(scores, key=scores.__getitem__)
     if spread > 0.15 and scores[best] > 0.9: return best
     if spread < 0.25 and abs(turn) > 0.25: return "spinning clockwise" if turn > 0 else "spinning anticlockwise"
     return "standing still" if spread < 0.05 and abs(turn) < 0.1 else "unclear"
@@ -598,7 +600,7 @@ def portraits() -> Tensor:
     views += [(f"spinning {way}", 0, 0.4, True) for way in ("clockwise", "anticlockwise")]
     views += [("growing", angle, 0.48, True) for angle in (-0.2, 0, 0.2)]
 
-    def draw(shape, motion, angle, radius, trail):
+    def draw(shape: str, motion: str, angle: float, radius: float, trail: bool) -> Tensor:
         clip = Scene("red", shape, motion, "dark", angle=angle, radius=radius).render(trail=trail)
         return portrait(solid(separate(torch.from_numpy(clip).float())[0]))
 
@@ -625,7 +627,7 @@ class Reading:
     background: str
 
 # %% ../nbs/01_video.ipynb #90bfcb3c
-def read_clip(frames) -> Reading:
+def read_clip(frames: Any) -> Reading:
     """Colour, shape, motion and background of a clip, from its pixels alone and without any training.
 
     Takes what `check_frames` takes. The motion of a clip of fewer than 8 frames is unclear, and so is everything that fits no rule.
