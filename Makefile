@@ -20,11 +20,13 @@ export PROMPT PYTHON PIP_ARGS
 # An environment whose Python has gone, or that was moved here with its folder, is made again.
 $(shell test -x $(PY) -a "$$(cat $(MADE) 2>/dev/null)" = "$(CURDIR)" || rm -f $(MADE))
 
-.PHONY: help demo test lab clean
+.PHONY: help demo test check doctor lab clean
 help:
 	@echo "make demo                 text to animations with the shipped nano model, into demo/"
 	@echo "make demo PROMPT=\"...\"    the same for your own text"
 	@echo "make test                 every notebook and every test"
+	@echo "make check                that, ruff, mypy and the coverage of the package: what CI runs"
+	@echo "make doctor               is this machine fit for the book? [OK] or [FAIL] for each thing looked at"
 	@echo "make lab                  the book, in JupyterLab"
 	@echo "make clean                removes the environment and what was built"
 
@@ -38,8 +40,16 @@ demo: $(MADE)
 test: $(MADE)
 	@$(PY) -m pytest
 
+check: $(MADE)
+	@$(PY) -m ruff check
+	@$(PY) -m mypy
+	@$(PY) -m pytest --cov
+
+doctor: $(MADE)
+	@$(PY) -m animatediff_lit.doctor
+
 lab: $(MADE)
 	@$(PY) -m jupyterlab $(LAB_ARGS) nbs/00_tour.ipynb
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage

@@ -103,8 +103,8 @@ def activation(name: str) -> nn.Module:
 class TimestepEmbedding(nn.Module):
     """Two linear layers on the encoded timestep: `(b, in_channels)` -> `(b, time_embed_dim)`.
 
-    With `cond_proj_dim` a second input `(b, cond_proj_dim)` is added first. An unknown `act_fn` raises a
-    ValueError. Source: `TimestepEmbedding` of diffusers, with its parameter names.
+    With `cond_proj_dim` a second input `(b, cond_proj_dim)` is added first; without, one raises a ValueError, and so does
+    an unknown `act_fn`. Source: `TimestepEmbedding` of diffusers, with its parameter names.
     """
 
     def __init__(self, in_channels: int, time_embed_dim: int, act_fn: str = "silu",
@@ -116,7 +116,9 @@ class TimestepEmbedding(nn.Module):
         self.linear_2 = nn.Linear(time_embed_dim, time_embed_dim)
 
     def forward(self, code: Tensor, condition: Tensor | None = None) -> Tensor:
-        if condition is not None: code = code + self.cond_proj(condition)
+        if condition is not None:
+            if self.cond_proj is None: raise ValueError("This TimestepEmbedding was made without cond_proj_dim: leave the condition out, or give its width.")
+            code = code + self.cond_proj(condition)
         return self.linear_2(self.act(self.linear_1(code)))
 
 # %% ../nbs/04_blocks.ipynb #544f8277

@@ -116,7 +116,8 @@ def container(path: Path) -> str:
 # %% ../nbs/14_checkpoints.ipynb #0f342e94
 def unwrap(path: Path, found: Any) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
     "The tensors of a loaded pickle, what else was in it, and the names of its wrappings; a ValueError if there are no tensors."
-    notes, wrapped = {}, []
+    notes: dict[str, Any] = {}
+    wrapped: list[str] = []
     for name in ("state_dict", "controlnet"):
         if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
             notes |= {key: value for key, value in found.items() if key != name}
@@ -157,10 +158,10 @@ class MotionModules(nn.Module):
     def __init__(self, unet: VideoUNet, source: Checkpoint | None = None):
         super().__init__()
         self.config, self.source = unet.config, source
-        self.down_blocks = nn.ModuleList(nn.ModuleDict({"motion_modules": block.motion_modules}) for block in unet.down_blocks)
+        self.down_blocks = nn.ModuleList(nn.ModuleDict({"motion_modules": block.motion_modules}) for block in unet.down_blocks)  # type: ignore[dict-item]
         if unet.mid_block.motion_modules is not None:
             self.mid_block = nn.ModuleDict({"motion_modules": unet.mid_block.motion_modules})
-        self.up_blocks = nn.ModuleList(nn.ModuleDict({"motion_modules": block.motion_modules}) for block in unet.up_blocks)
+        self.up_blocks = nn.ModuleList(nn.ModuleDict({"motion_modules": block.motion_modules}) for block in unet.up_blocks)  # type: ignore[dict-item]
 
 # %% ../nbs/14_checkpoints.ipynb #1cdedee3
 def structure(weights: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -169,8 +170,8 @@ def structure(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     Heads and groups leave no trace in a shape: 8 and 32 as released, or the most that divide the widths. Without
     position encodings there is no `motion_max_seq_length`. Without a module on the way down, a ValueError.
     """
-    places = [(re.match(r"down_blocks\.(\d)\.motion_modules\.(\d)\.(.*)", name), t) for name, t in weights.items()]
-    places = [(int(m[1]), int(m[2]), m[3], t) for m, t in places if m]
+    matched = [(re.match(r"down_blocks\.(\d)\.motion_modules\.(\d)\.(.*)", name), t) for name, t in weights.items()]
+    places = [(int(m[1]), int(m[2]), m[3], t) for m, t in matched if m]
     if not places: raise ValueError("it has no motion module in down_blocks")
     ends = ("norm.weight", "norm.bias", "proj_in.bias", "proj_out.bias")
     found = {level: t.shape[0] for level, _, end, t in places if end in ends and t.ndim}
@@ -345,7 +346,7 @@ def describe_motion(path: Path, kind: str, tensors: Mapping[str, Tensor], said: 
     motion = {name: t for name, t in tensors.items() if "motion_modules." in name}
     try:
         seen = structure({our_name(name): t for name, t in motion.items()})
-        options = seen | said | {name: seen[name] for name in ("motion_max_seq_length",) if name in seen}
+        options = seen | dict(said) | {name: seen[name] for name in ("motion_max_seq_length",) if name in seen}
         version = version_of(options, kind.startswith("whole"), path.name)
         options.setdefault("motion_max_seq_length", 64 if version == "AnimateLCM" else 24)
         options.setdefault("motion_norm", ORIGINAL_NORMS.get(version, "per_frame") if original else "all_frames")
@@ -365,7 +366,7 @@ def describe(path: Path) -> Checkpoint:
     kind, tables = kind_of(tensors), {n: t for n, t in tensors.items() if n.endswith((".pe", ".positional_encoding"))}
     original = any(".temporal_transformer." in n or ".processor." in n and not n.startswith("unet.") for n in tensors)
     if kind.startswith("whole") and not original: kind = "UNetMotionModel"
-    facts = dict(path=path, kind=kind, layout="original" if original else "diffusers" if any("motion_modules." in n for n in tensors) else None,
+    facts: dict[str, Any] = dict(path=path, kind=kind, layout="original" if original else "diffusers" if any("motion_modules." in n for n in tensors) else None,
                  container=how, wrapped=tuple(wrapped), tensors=len(tensors), positions=max((t.shape[1] for t in tables.values() if t.ndim > 1), default=None),
                  parameters=sum(t.numel() for n, t in tensors.items() if n not in tables),
                  dtype=" and ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()})))
@@ -455,7 +456,7 @@ def load_motion_module(path: str | Path, motion_norm: str | None = None, max_fra
     check_loadable(found)
     weights = take_motion(found.path, read_any(found.path, values=True)[0])
     asked = dict(motion_norm=motion_norm, motion_max_seq_length=max_frames, motion_num_attention_heads=num_heads)
-    options = found.config | {name: value for name, value in asked.items() if value is not None}
+    options = (found.config or {}) | {name: value for name, value in asked.items() if value is not None}
     try: modules = empty_modules(options)
     except (TypeError, ValueError) as error: raise refusal(found.path, f"is no motion module that can be built ({first_line(error)})") from None
     for name, t in modules.state_dict().items():
@@ -493,7 +494,7 @@ def join_motion(image: nn.Module, modules: MotionModules) -> UNet3DConditionMode
     The groups of the GroupNorms are the image model's, the type and device of all weights as well. Modules for other channels
     or another number of layers raise a ValueError.
     """
-    options = asdict(image.config) if isinstance(image, VideoUNet) else translate_config(image.config)
+    options = asdict(image.config) if isinstance(image, VideoUNet) else translate_config(image.config)  # type: ignore[arg-type]
     try: check_adapter(options, split_config(modules.config)[1])
     except ValueError as error: raise ValueError(f"{str(error)[:-1]}: give an image model for {modules.source.path if modules.source else 'it'}.") from None
     weights = {name: t for name, t in image.state_dict().items() if "motion_modules." not in name}
@@ -545,8 +546,8 @@ def load_pipeline(base: str | Path, motion: str | Path | MotionModules | None = 
     modules = motion if motion is None or isinstance(motion, nn.Module) else load_motion_module(motion, motion_norm, max_frames)
     parts, folder = load_image_model(base, config)
     if modules is not None and modules.source and scheduler is None: scheduler = scheduler_for(modules.source.version, parts["scheduler"])
-    if modules is None and folder is None: raise ValueError(f"{base} is an image model: name a motion module with motion=..., a file, a folder or a Hugging Face Hub id.")
     if modules is None:
+        if folder is None: raise ValueError(f"{base} is an image model: name a motion module with motion=..., a file, a folder or a Hugging Face Hub id.")
         whole = type(parts["unet"]).__name__ == "UNetMotionModel"
         modules = load_motion_module(folder / "unet" if whole else find_motion(folder), motion_norm, max_frames)
     return parts | dict(unet=join_motion(parts["unet"], modules), scheduler=scheduler or parts["scheduler"])

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -65,8 +64,9 @@ def layer_gradient(name: str, params: list[nn.Parameter], wanted: bool) -> Layer
     learning = [p for p in params if p.requires_grad]
     if wanted and len(learning) < len(params): return LayerGradient(name, flag="frozen by mistake")
     if not learning: return LayerGradient(name)
-    if any(p.grad is None for p in learning): return LayerGradient(name, flag="absent" if wanted else "")
-    grad, weight = (torch.cat([t.detach().flatten().double() for t in part]) for part in ([p.grad for p in learning], learning))
+    grads = [p.grad for p in learning if p.grad is not None]
+    if len(grads) < len(learning): return LayerGradient(name, flag="absent" if wanted else "")
+    grad, weight = (torch.cat([t.detach().flatten().double() for t in part]) for part in (grads, learning))
     mean, largest = grad.abs().mean().item(), grad.abs().max().item()
     flag = "NaN or Inf" if not grad.isfinite().all() else "vanishing" if mean < VANISHING else "exploding" if largest > EXPLODING else ""
     return LayerGradient(name, mean, largest, (grad.norm() / weight.norm().clamp_min(1e-12)).item(), flag)
@@ -230,7 +230,7 @@ def weights_sum_to_one(layer: TemporalAttention, x: Tensor) -> bool:
 def heads_keep_apart(layer: TemporalAttention, x: Tensor) -> bool:
     "Other queries in the first head's channels change the answers in these channels and in no others."
     weights, d = transparent(layer), x.shape[-1] // layer.num_heads
-    other = weights["to_q__weight"].clone()
+    other = torch.as_tensor(weights["to_q__weight"]).clone()
     other[:d] *= -1
     moved = (answer(layer, x, **weights) - answer(layer, x, **weights | {"to_q__weight": other})).abs().amax((0, 1)) > 1e-7
     return bool(moved[:d].any() and not moved[d:].any())
@@ -242,7 +242,7 @@ def attention_fault(layer: TemporalAttention) -> str | None:
     if not last_frame_reaches_first(layer, x, 1): return "heads on the wrong axis"
     if not weights_sum_to_one(layer, x): return "softmax axis"
     if not heads_keep_apart(layer, x): return "heads interleaved"
-    if abs(three_to_one(layer) - 1) > 1e-6: return "no √d"
+    return "no √d" if abs(three_to_one(layer) - 1) > 1e-6 else None
 
 # %% ../nbs/13_debugging.ipynb #f893aaf8
 class WrongSoftmax(TemporalAttention):
@@ -253,7 +253,7 @@ class WrongSoftmax(TemporalAttention):
 class HeadsAsTokens(TemporalAttention):
     "Mutant: `(n, frames, heads, d)` where `(n, heads, frames, d)` is meant; `split` and `join` say how."
     split, join = "n f (h d) -> n f h d", "n f h d -> n f (h d)"
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         q, k, v = (rearrange(p(x), self.split, h=self.num_heads) for p in (self.to_q, self.to_k, self.to_v))
         return self.to_out[0](rearrange(self.attend(q, k, v), self.join))
 
@@ -320,9 +320,9 @@ def motion_fault(module: MotionModule) -> str | None:
     if not last_frame_reaches_first(module, x, 2): return "motion switched off"
     if not same(answer(module, x, proj_out__weight=0.0, proj_out__bias=0.0), x): return "no residual"
     for block in module.transformer_blocks:
-        if fault := silent_block_fault(block): return fault
-        if not order_matters(block): return "no position encoding"
-    if not pixels_keep_apart(module): return "pixels swapped"
+        if fault := silent_block_fault(block): return fault  # type: ignore[arg-type]
+        if not order_matters(block): return "no position encoding"  # type: ignore[arg-type]
+    return None if pixels_keep_apart(module) else "pixels swapped"
 
 # %% ../nbs/13_debugging.ipynb #8c83d402
 def is_new(module: MotionModule) -> bool:
@@ -389,9 +389,9 @@ def each(args: tuple, change: Callable[[int, Tensor], Tensor]) -> list:
 # %% ../nbs/13_debugging.ipynb #092c2b1d
 def mixes(layer: nn.Module, args: tuple, k: int) -> bool:
     "Whether two videos that differ only in argument `k` come out otherwise than alone."
-    args = each(args, lambda i, a: a if i == k else a[:1].expand_as(a))
-    alone = [layer(*each(args, lambda i, a: a[row:row + 1])) for row in range(2)]
-    return not same(layer(*args), torch.cat(alone))
+    both = each(args, lambda i, a: a if i == k else a[:1].expand_as(a))
+    alone = [layer(*(a[row:row + 1] if isinstance(a, Tensor) else a for a in both)) for row in range(2)]
+    return not same(layer(*both), torch.cat(alone))
 
 # %% ../nbs/13_debugging.ipynb #37bc98c1
 def ignores(layer: nn.Module, args: tuple, k: int) -> bool:
@@ -425,7 +425,9 @@ class PerfectDenoiser(nn.Module):
 
     def __init__(self, clean: Tensor, schedule: NoiseSchedule):
         super().__init__()
-        self.clean, self.schedule, self.asked, self.noise_seen = clean, schedule, [], []
+        self.clean, self.schedule = clean, schedule
+        self.asked: list[float] = []
+        self.noise_seen: list[float] = []
 
     def forward(self, noisy: Tensor, t: Tensor | float, text: Tensor | None = None) -> Tensor:
         self.asked.append(float(torch.as_tensor(t).reshape(-1)[0]))
@@ -590,7 +592,8 @@ FAULTS |= {
 @torch.no_grad()
 def network_faults(unet: VideoUNet, new: bool = False) -> dict[str, str]:
     "Name and place of the faults of a UNet, at the innermost level that has any."
-    rolled, found = reroll(unet), {}
+    rolled = reroll(unet)
+    found: dict[str, str] = {}
     def note(name: str | None, where: str) -> None:
         if name: found.setdefault(name, where)
     for name, module in rolled.named_modules():
@@ -601,7 +604,7 @@ def network_faults(unet: VideoUNet, new: bool = False) -> dict[str, str]:
     if found: return found
     for name, module in unet.named_modules() if new else ():
         if isinstance(module, MotionModule) and not is_new(module): note("no zero-init", name)
-    for name, layer, args in recorded_calls(rolled, *example_inputs(rolled)):
+    for name, layer, args in recorded_calls(rolled, *example_inputs(rolled)):  # type: ignore[arg-type]
         for fault in wiring_faults(name, layer, args): note(fault, name)
         if found.keys() - {"no zero-init"}: break
     return found

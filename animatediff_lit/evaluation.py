@@ -39,7 +39,7 @@ def grid(n: int = 330) -> list[Scene]:
     return out
 
 # %% ../nbs/09b_evaluation.ipynb #1ff69a15
-def flicker(frames) -> float:
+def flicker(frames: Any) -> float:
     """How much the object's look changes from frame to frame once moving, growing and turning are taken out; 0 is none, 1 is all of it.
 
     Takes what `check_frames` takes, 2 frames or more.
@@ -53,7 +53,7 @@ def flicker(frames) -> float:
     return torch.stack(changes).clamp(min=0).sqrt().mean().item()
 
 # %% ../nbs/09b_evaluation.ipynb #1a2b6597
-def movement(frames) -> float:
+def movement(frames: Any) -> float:
     "The mean difference of neighbouring frames, as a share of the object: 0 stands still, 2 is somewhere else in every frame."
     opacity = separate(pixels_of(frames))[0]
     return (opacity.diff(dim=0).abs().sum() / opacity[1:].sum().clamp(min=1e-6)).item()
@@ -109,7 +109,7 @@ def alignment(clip: NanoCLIP, tokenizer: Any, captions: Sequence[str], clips: Se
     return clip.cosines(caption_ids(tokenizer, captions), torch.from_numpy(np.stack(clips)))
 
 # %% ../nbs/09b_evaluation.ipynb #9163790d
-def judge(scene: Scene, frames) -> dict[str, bool | float | str]:
+def judge(scene: Scene, frames: Any) -> dict[str, bool | float | str]:
     "One row: is the clip what the scene's caption asks for, in colour, shape, motion and background, and in the first three at once?"
     found = read_clip(frames)
     right = {kind: getattr(found, kind) == getattr(scene, kind) for kind in ("colour", "shape", "motion", "background")}
@@ -118,7 +118,7 @@ def judge(scene: Scene, frames) -> dict[str, bool | float | str]:
             "flicker": flicker(frames), "movement": movement(frames), "hollow": hollow(frames)}
 
 # %% ../nbs/09b_evaluation.ipynb #66a53d6f
-def generate(pipe: AnimationPipeline, scenes: Sequence[Scene], batch: int = 11, seed: int = 0, **options) -> list[Video]:
+def generate(pipe: AnimationPipeline, scenes: Sequence[Scene], batch: int = 11, seed: int = 0, **options: Any) -> list[Video]:
     "One clip for each scene's caption, with the seeds `seed`, `seed + 1` and so on; `options` are those of the pipeline."
     videos: list[Video] = []
     for start in tqdm(range(0, len(scenes), batch), desc="clips", disable="IN_TEST" in os.environ):
@@ -172,7 +172,7 @@ def summary(rows: Sequence[dict]) -> dict[str, list[float]]:
 # %% ../nbs/09b_evaluation.ipynb #726a1cd9
 def table(columns: dict[str, dict[str, list[float]]]) -> str:
     "Summaries side by side as a Markdown table."
-    def cell(name, value):
+    def cell(name: str, value: list[float] | None) -> str:
         form = "{:.3f} ({:.3f} to {:.3f})" if name in MEASURES else "{:.0%} ({:.0%} to {:.0%})"
         return form.format(*value) if value else ""
     names = list(dict.fromkeys(name for c in columns.values() for name in c))
@@ -180,14 +180,15 @@ def table(columns: dict[str, dict[str, list[float]]]) -> str:
     return "\n".join([f"| | {' | '.join(columns)} |", "| --- |" + " --- |" * len(columns), *rows])
 
 # %% ../nbs/09b_evaluation.ipynb #6fd47775
-def evaluate(pipe: AnimationPipeline, out: str | Path, n: int = 330, clip: NanoCLIP | None = None, style: str = "plain", **options) -> dict[str, dict[str, list[float]]]:
+def evaluate(pipe: AnimationPipeline, out: str | Path, n: int = 330, clip: NanoCLIP | None = None, style: str = "plain", **options: Any) -> dict[str, dict[str, list[float]]]:
     "Judge `n` clips of a pipeline beside real ones of a `style`; alignment too if there is a `clip`. Writes `table.md`, `evaluation.json`, `sheet.png` and `moving.apng` into the folder `out`."
     scenes, out = grid(n), Path(out)
     out.mkdir(parents=True, exist_ok=True)
     real = [Video(s.render(style=style), caption=s.caption) for s in scenes]
     made = {"model": generate(pipe, scenes, **options), "real clips": real, "through the autoencoder": through_autoencoder(pipe, real)}
     rows = {name: [judge(s, v.frames) for s, v in zip(scenes, videos)] for name, videos in made.items()}
-    for name, videos in made.items() if clip else ():
+    for name, videos in made.items():
+        if clip is None: break
         cosines = alignment(clip, pipe.tokenizer, [s.caption for s in scenes], [v.frames for v in videos])
         for row, cosine in zip(rows[name], cosines.diagonal()): row["alignment"] = cosine.item()
     columns = {name: summary(r) for name, r in rows.items()}

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Callable, Iterator, Self, Sequence
+from typing import Any, Callable, Iterator, Self, Sequence, TypeGuard, overload
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -130,10 +130,11 @@ def predict(unet: Callable, noisy: Tensor, t: Tensor | float, text: Tensor,
     `text` and `no_text` are `(b, tokens, dim)`. Both questions go through the UNet in one batch.
     """
     if no_text is None: return unet(noisy, t, text)
-    return guide(*unet(torch.cat([noisy, noisy]), t, torch.cat([no_text, text])).chunk(2), scale)
+    without, with_text = unet(torch.cat([noisy, noisy]), t, torch.cat([no_text, text])).chunk(2)
+    return guide(without, with_text, scale)
 
 # %% ../nbs/09_sampling.ipynb #bfaf93ba
-def is_whole(value: Any) -> bool:
+def is_whole(value: Any) -> TypeGuard[int]:
     "A whole number, of Python or of numpy; True and False are none."
     return isinstance(value, Integral) and not isinstance(value, bool)
 
@@ -194,7 +195,7 @@ EXAMPLE = "'a red star moving left'"
 
 def as_prompts(prompt: str | Sequence[str]) -> list[str]:
     "The prompt, or the prompts, as a list; what is no text, or empty, raises a TypeError or ValueError."
-    prompts = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
+    prompts: list[Any] = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
     if not prompts: raise ValueError(f"The list of prompts is empty: give at least one text, such as {EXAMPLE}.")
     for p in prompts:
         if not isinstance(p, str): raise TypeError(f"A prompt is {p!r}, of type {type(p).__name__}: give a text such as {EXAMPLE}, or a list of texts.")
@@ -219,13 +220,14 @@ def check_whole(name: str, value: Any, least: int, most: int, why: str) -> int:
 def check_number(name: str, value: Any, least: float, most: float, why: str) -> None:
     "The same for any finite number."
     if not isinstance(value, Real) or isinstance(value, bool): raise TypeError(f"{name} is {value!r}: {why}")
-    if not math.isfinite(value) or not least <= value <= most: raise ValueError(f"{name} is {value!r}: {why}")
+    if not math.isfinite(value) or not least <= float(value) <= most: raise ValueError(f"{name} is {value!r}: {why}")
 
 # %% ../nbs/09_sampling.ipynb #f111114e
 def latent_side(name: str, pixels: int | None, trained: int | None, factor: int) -> int:
     "Height or width of the latents: of a frame of so many pixels, or of the size that the model was trained for."
-    if pixels is None and trained is None: raise ValueError(f"The model does not say for which size it was trained: give a {name} in pixels.")
-    if pixels is None: return trained
+    if pixels is None:
+        if trained is not None: return trained
+        raise ValueError(f"The model does not say for which size it was trained: give a {name} in pixels.")
     why = f"give pixels, a multiple of {factor} from {factor} to 8192."
     if check_whole(name, pixels, factor, 8192, why) % factor: raise ValueError(f"{name} is {pixels}: {why}")
     return int(pixels) // factor
@@ -461,6 +463,10 @@ class AnimationPipeline(PipelineParts):
         "One `Video` for each clip of `(b, c, f, h, w)`."
         return [Video(decode_video(self.vae, z[None])[0], fps=fps, caption=c) for z, c in zip(latents, captions)]
 
+    @overload
+    def __call__(self, prompt: str, *args: Any, **options: Any) -> Video: ...
+    @overload
+    def __call__(self, prompt: list[str] | tuple[str, ...], *args: Any, **options: Any) -> list[Video]: ...
     def __call__(self, prompt: str | Sequence[str], video_length: int = 16, num_inference_steps: int = 25,
                  guidance_scale: float = 7.5, seed: int | Sequence[int] = 0, negative_prompt: str | Sequence[str] = "",
                  latents: Tensor | None = None, eta: float = 0.0, height: int | None = None, width: int | None = None,
@@ -518,7 +524,7 @@ def run_demo(prompt: str | None, out: str | Path, steps: int = 25, seed: int = 0
     print(f"Making {len(prompts)} animations, {what}, {steps} steps each:", flush=True)
     with tqdm(total=len(prompts) * steps, unit="step", ncols=80) as bar:
         def tick(step: int, t: float, latents: Tensor) -> None: bar.update()
-        options = dict(num_inference_steps=steps, guidance_scale=guidance, progress=False, callback=tick)
+        options: dict[str, Any] = dict(num_inference_steps=steps, guidance_scale=guidance, progress=False, callback=tick)
         videos = [pipe(text, seed=s, **options) for text, s in zip(prompts, seeds)]
     for video, s in zip(videos, seeds): video.caption += f" (seed {s})"
     names = [f"{slug(text)}-seed-{s}" if prompt is not None else f"{i:02}-{slug(text)}" for i, (text, s) in enumerate(zip(prompts, seeds), 1)]

@@ -34,6 +34,8 @@ class PositionEncoding(nn.Module):
     A video with more than `max_frames` frames raises a ValueError. The table `pe` is `(1, max_frames, dim)`.
     """
 
+    pe: Tensor
+
     def __init__(self, dim: int, max_frames: int = 32):
         super().__init__()
         self.register_buffer("pe", sinusoidal_positions(max_frames, dim))
@@ -57,7 +59,7 @@ class TemporalAttention(Attention):
         super().__init__(channels, num_heads)
         self.pos_embed = PositionEncoding(channels, max_frames) if max_frames else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         if x.ndim == 3: return super().forward(self.pos_embed(x))                        # project, attend, project back
         if x.ndim != 5: raise ValueError(f"TemporalAttention takes (batch, channels, frames, height, width) or (sequences, frames, channels); this has shape {tuple(x.shape)}.")
         tokens = rearrange(x, "b c f h w -> (b h w) f c")                                # rearrange

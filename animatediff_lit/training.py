@@ -96,7 +96,8 @@ class Run:
     "The state of one training: weights, averaged weights, optimizer, step and log."
 
     def __init__(self, model: nn.Module, recipe: Recipe):
-        self.recipe, self.step, self.history = recipe, 0, []
+        self.recipe, self.step = recipe, 0
+        self.history: list[dict[str, float]] = []
         self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not self.trainable: raise ValueError("Nothing to train: every parameter of the model is frozen.")
         self.average = {n: p.detach().clone() for n, p in self.trainable.items()}
@@ -168,7 +169,7 @@ def fit(model: nn.Module, draw: Callable, loss_fn: Callable, recipe: Recipe, che
     return run.history
 
 # %% ../nbs/10_training.ipynb #8a2677cd
-def autoencoder_loss(vae: nn.Module, frames: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, float]]:
+def autoencoder_loss(vae: Any, frames: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, float]]:
     "Reconstruction of uint8 `frames (b, h, w, 3)`; `noise` is that of the latents."
     clean = to_model(frames)
     latents = vae.encode(clean).latent_dist
@@ -265,7 +266,7 @@ def denoising_loss(unet: nn.Module, clean: Tensor, noise: Tensor, t: Tensor, tex
     return error.mean(), quarters
 
 # %% ../nbs/10_training.ipynb #7b677068
-def train_images(unet: UNet3DConditionModel, data: LatentClips, recipe: Recipe, **options) -> list[dict[str, float]]:
+def train_images(unet: UNet3DConditionModel, data: LatentClips, recipe: Recipe, **options: Any) -> list[dict[str, float]]:
     "Stage 1: the spatial layers learn from stills; the motion modules are switched off and stay as they are."
     unet.set_motion(False).set_frozen("motion")
     schedule = nano_schedule()
@@ -274,7 +275,7 @@ def train_images(unet: UNet3DConditionModel, data: LatentClips, recipe: Recipe, 
     return history
 
 # %% ../nbs/10_training.ipynb #0faca2d8
-def train_motion(unet: UNet3DConditionModel, data: LatentClips, recipe: Recipe, **options) -> list[dict[str, float]]:
+def train_motion(unet: UNet3DConditionModel, data: LatentClips, recipe: Recipe, **options: Any) -> list[dict[str, float]]:
     "Stage 2: the motion modules learn from clips; everything else is frozen and does not change by a bit."
     unet.set_motion(True).set_frozen("spatial")
     schedule = nano_schedule()
@@ -321,7 +322,7 @@ def train_encoders(runs: Path, captions: Sequence[Sequence[str]], clips: Tensor,
     tokenizer = tokenizer_for(captions)
     torch.manual_seed(0)
     vae, clip = nano_autoencoder().to(device), NanoCLIP(nano_text_encoder(tokenizer), VideoEncoder()).to(device)
-    jobs = {"autoencoder": (vae, draw_frames(clips), autoencoder_loss), "text": (clip, draw_pairs(captions, clips, tokenizer), contrastive_loss)}
+    jobs: dict[str, tuple[nn.Module, Callable, Callable]] = {"autoencoder": (vae, draw_frames(clips), autoencoder_loss), "text": (clip, draw_pairs(captions, clips, tokenizer), contrastive_loss)}
     for name, (model, draw, loss) in jobs.items():
         fit(model, draw, loss, recipes[name], checkpoint=runs / f"{name}.ckpt", label=name)
         model.eval().requires_grad_(False)
@@ -373,8 +374,8 @@ def save_nano(folder: Path, pipe: AnimationPipeline, clip: NanoCLIP, recipes: Ma
     "The pipeline, the video half of nano-CLIP beside it, and the log."
     pipe.save_pretrained(folder)
     save_file(clip.video.state_dict(), folder / VIDEO_ENCODER)
-    log = {"recipes": {n: asdict(r) for n, r in recipes.items()}, "history": log}
-    write_whole(folder / "training.json", (json.dumps(log, indent=1) + "\n").encode())
+    record = {"recipes": {n: asdict(r) for n, r in recipes.items()}, "history": log}
+    write_whole(folder / "training.json", (json.dumps(record, indent=1) + "\n").encode())
 
 # %% ../nbs/10_training.ipynb #0820a1c3
 def train_nano(folder: str | Path, recipes: Mapping[str, Recipe] | None = None, clips: int = 12288, accelerator: Any = None,
@@ -418,7 +419,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 if __name__ == "__main__" and "__file__" in globals(): main()          # a notebook is __main__ as well, but no file
 
 # %% ../nbs/10_training.ipynb #9ef4a4ba
-def train_style(pipe: AnimationPipeline, style: str, recipe: Recipe, clips: int = 4096, **options) -> list[dict[str, float]]:
+def train_style(pipe: AnimationPipeline, style: str, recipe: Recipe, clips: int = 4096, **options: Any) -> list[dict[str, float]]:
     "Fine-tune a pipeline's image model on stills of one style of the world; the motion modules are not touched."
     scenes = draw_scenes(clips, seed=6)
     data = encode_clips([captions_of(s) for s in scenes], render_clips(scenes, style=style), pipe.vae, pipe.text_encoder, pipe.tokenizer)

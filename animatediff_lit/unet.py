@@ -143,7 +143,7 @@ class DownBlock3D(VideoLayers):
     """
 
     def __init__(self, in_channels: int, out_channels: int, temb_channels: int, *,
-                 num_layers: int = 1, downsample: bool = True, downsample_padding: int = 1, **layers):
+                 num_layers: int = 1, downsample: bool = True, downsample_padding: int = 1, **layers: Any):
         super().__init__([in_channels] + [out_channels] * (num_layers - 1), out_channels, temb_channels, **layers)
         self.downsamplers = nn.ModuleList([Downsample(out_channels, downsample_padding)]) if downsample else None
 
@@ -158,7 +158,7 @@ class DownBlock3D(VideoLayers):
 class MidBlock3D(VideoLayers):
     "Layers, then one more ResNet block: `(b, c, f, h, w)` -> the same shape. Keywords as in `VideoLayers`."
 
-    def __init__(self, channels: int, temb_channels: int, *, num_layers: int = 1, **layers):
+    def __init__(self, channels: int, temb_channels: int, *, num_layers: int = 1, **layers: Any):
         super().__init__([channels] * num_layers, channels, temb_channels, **layers)
         self.resnets.append(ResnetBlock(channels, channels, temb_channels, **layers["resnet"]))
 
@@ -174,7 +174,7 @@ class UpBlock3D(VideoLayers):
     """
 
     def __init__(self, in_channels: int, out_channels: int, skip_channels: Sequence[int], temb_channels: int, *,
-                 upsample: bool = True, **layers):
+                 upsample: bool = True, **layers: Any):
         came = [in_channels] + [out_channels] * (len(skip_channels) - 1)
         super().__init__([a + b for a, b in zip(came, skip_channels)], out_channels, temb_channels, **layers)
         self.upsamplers = nn.ModuleList([Upsample(out_channels)]) if upsample else None
@@ -281,7 +281,7 @@ class VideoUNet(nn.Module):
         self.conv_in = InflatedConv2d(cfg.in_channels, width, 3, padding=1)
         self.time_embedding = TimestepEmbedding(width, time_dim, cfg.act_fn, cfg.time_cond_proj_dim)
         sdxl = cfg.addition_embed_type is not None
-        self.add_embedding = TimestepEmbedding(cfg.projection_class_embeddings_input_dim, time_dim) if sdxl else None
+        self.add_embedding = TimestepEmbedding(cfg.projection_class_embeddings_input_dim, time_dim) if sdxl else None  # type: ignore[arg-type]
         self.down_blocks, self.mid_block, self.up_blocks = build_down(cfg), build_mid(cfg), build_up(cfg)
         self.conv_norm_out = VideoGroupNorm(cfg.norm_num_groups, width, cfg.norm_eps, across_frames=cfg.motion_norm == "v1")
         self.conv_out = InflatedConv2d(width, cfg.out_channels, 3, padding=1)
@@ -291,7 +291,7 @@ class VideoUNet(nn.Module):
         like = self.conv_in.weight
         emb = self.time_embedding(time_codes(timestep, batch, len(like), like.device).to(like.dtype), condition)
         if self.add_embedding is None: return emb
-        return emb + self.add_embedding(size_codes(added, batch, self.config.addition_time_embed_dim).to(like.dtype))
+        return emb + self.add_embedding(size_codes(added, batch, self.config.addition_time_embed_dim).to(like.dtype))  # type: ignore[arg-type]
 
     def forward(self, sample: Tensor, timestep: Tensor | float | int, encoder_hidden_states: Tensor | None = None,
                 motion_context: Tensor | None = None, added_cond_kwargs: Mapping[str, Tensor] | None = None,
@@ -304,7 +304,7 @@ class VideoUNet(nn.Module):
             skips += new
         x = self.mid_block(x, temb, *rest)
         for block in self.up_blocks:
-            n = len(block.resnets)
+            n = len(block.resnets)  # type: ignore[arg-type]
             mine, skips = skips[-n:], skips[:-n]
             x = block(x, mine, temb, *rest, size=skips[-1].shape[-2:] if skips else None)
         return self.conv_out(nn.functional.silu(self.conv_norm_out(x)))

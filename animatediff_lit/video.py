@@ -19,6 +19,7 @@ from functools import lru_cache
 from itertools import islice
 from numbers import Real
 from pathlib import Path
+from typing import Any
 import imageio_ffmpeg
 import mediapy as mp
 import numpy as np
@@ -41,7 +42,7 @@ __all__ = ['MARK', 'COLOURS', 'SHAPES', 'MOTIONS', 'BACKGROUNDS', 'WORLD', 'OPPO
            'video_length', 'read_window', 'read_captions', 'VideoFolder']
 
 # %% ../nbs/01_video.ipynb #4de2f2a7
-def check_frames(frames) -> np.ndarray:
+def check_frames(frames: Any) -> np.ndarray:
     """One clip as uint8 `(frames, height, width, 3)`, from such an array or tensor or from floats from 0 to 1.
 
     Another shape, or floats outside of 0 to 1, raise a ValueError; other types raise a TypeError.
@@ -82,11 +83,10 @@ def shared_palette(pictures: list[Image.Image]) -> list[Image.Image]:
 def animation(frames: np.ndarray, fps: float, caption: str = "", kind: str = "PNG") -> bytes:
     "The bytes of an animated PNG or GIF that loops for ever: frames `(f, h, w, 3)`, uint8."
     note = MARK + json.dumps({"frames": len(frames), "fps": float(fps), "caption": caption})
-    pictures, tick, extra = [Image.fromarray(f) for f in frames], 1, {}
+    pictures, tick, info = [Image.fromarray(f) for f in frames], 1, PngInfo()
+    info.add_text("Comment", note)
+    extra: dict[str, Any] = {"pnginfo": info}
     if kind == "GIF": pictures, tick, extra = shared_palette(pictures), 10, {"comment": note}
-    else:
-        extra["pnginfo"] = PngInfo()
-        extra["pnginfo"].add_text("Comment", note)
     ends = [round(1000 * i / fps / tick) for i in range(len(frames) + 1)]
     extra["duration"] = [max(tick, (b - a) * tick) for a, b in zip(ends, ends[1:])]
     out = io.BytesIO()
@@ -120,13 +120,14 @@ def read_mp4(path: Path) -> tuple[np.ndarray, float, str]:
     "Frames, frames per second and an empty caption."
     mp.set_ffmpeg(imageio_ffmpeg.get_ffmpeg_exe())
     video = mp.read_video(path)
+    assert video.metadata is not None                           # a file that was read has them
     return np.asarray(video), video.metadata.fps, ""
 
 # %% ../nbs/01_video.ipynb #bd882b9c
 def still(pixels: np.ndarray) -> Image.Image:
     "A Pillow image that shows itself as PNG alone; Pillow would add a JPEG, and double the size of a notebook."
     picture = Image.fromarray(pixels)
-    picture._repr_jpeg_ = None
+    picture._repr_jpeg_ = None  # type: ignore[method-assign, assignment]
     return picture
 
 # %% ../nbs/01_video.ipynb #3d1b27f0
@@ -163,17 +164,17 @@ class Video:
     Takes what `check_frames` takes. `fps` is the number of frames shown in a second; one that is not above 0 raises a ValueError.
     """
 
-    def __init__(self, frames, fps: float = 8, caption: str = ""):
-        if not (isinstance(fps, Real) and 0 < fps < math.inf): raise ValueError(f"fps is {fps!r}: give the number of frames in a second, more than 0.")
+    def __init__(self, frames: Any, fps: float = 8, caption: str = ""):
+        if not (isinstance(fps, (float, Real)) and 0 < fps < math.inf): raise ValueError(f"fps is {fps!r}: give the number of frames in a second, more than 0.")
         self.frames, self.fps, self.caption = check_frames(frames), fps, caption
 
     def __len__(self) -> int: return len(self.frames)
-    def __getitem__(self, index) -> np.ndarray: return self.frames[index]
+    def __getitem__(self, index: Any) -> np.ndarray: return self.frames[index]
     def __repr__(self) -> str:
         f, h, w, _ = self.frames.shape
         return f"Video({self.caption!r}, {f} frames of {h}x{w}, {self.fps:g} frames a second)"
 
-    def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, str]:
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
         moving = animation(enlarge(self.frames), self.fps, self.caption)
         return {"image/png": b64encode(moving).decode(), "text/plain": repr(self)}
 
@@ -313,19 +314,19 @@ def distance_map(shape: str, size: int = 128, extent: float = 2.0) -> Tensor:
     return torch.where(inside, -distance, distance)
 
 # %% ../nbs/01_video.ipynb #40c34341
-def pixel_offsets(x, y, size: int) -> tuple[Tensor, Tensor]:
+def pixel_offsets(x: Tensor | float, y: Tensor | float, size: int) -> tuple[Tensor, Tensor]:
     "Of every pixel from the points `(x, y)`: two tensors `(n, size, size)`."
     axis = (torch.arange(size) + 0.5) / size * 2 - 1
     py, px = torch.meshgrid(axis, axis, indexing="ij")
     return px - x, py - y
 
 # %% ../nbs/01_video.ipynb #e3038532
-def stand_up(*values) -> list[Tensor]:
+def stand_up(*values: Any) -> list[Tensor]:
     "Numbers or arrays of n as float32 `(n, 1, 1)`, ready to meet `(size, size)`."
     return [torch.as_tensor(v, dtype=torch.float32).reshape(-1, 1, 1) for v in values]
 
 # %% ../nbs/01_video.ipynb #d8feaad8
-def silhouette(shape: str, x, y, radius, angle, size: int = 32) -> Tensor:
+def silhouette(shape: str, x: Any, y: Any, radius: Any, angle: Any, *, size: int = 32) -> Tensor:
     "Distance in pixels from every pixel to the shape placed at each `(x, y, radius, angle)`: `(n, size, size)`."
     x, y, radius, angle = stand_up(x, y, radius, angle)
     dx, dy = pixel_offsets(x, y, size)
@@ -341,7 +342,7 @@ def coverage(distance: Tensor) -> Tensor:
     return (0.5 - distance).clamp(0, 1)
 
 # %% ../nbs/01_video.ipynb #1264b09a
-def path_of(scene: Scene, t) -> np.ndarray:
+def path_of(scene: Scene, t: Any) -> np.ndarray:
     "Where the object is at the times `t`, in frames: `(4, len(t))`, rows x, y, radius, angle."
     t = np.asarray(t, float)
     x, y, r, a = (np.full_like(t, v) for v in (scene.x, scene.y, scene.radius, scene.angle))
@@ -405,7 +406,7 @@ class Scene:
     angle: float = 0.0
     travel: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for kind, words in WORLD.items():
             if getattr(self, kind) not in words: raise ValueError(f"{getattr(self, kind)!r} is no {kind} of this world: use one of {', '.join(words)}.")
 
@@ -413,12 +414,12 @@ class Scene:
     def random(cls, rng: np.random.Generator | int, **fixed: str) -> Scene:
         "A scene at random; `Scene.random(rng, shape='star')` leaves the rest to chance."
         rng = np.random.default_rng(rng)                        # a seed will do as well
-        words = random_words(rng, **fixed)
-        return cls(**words, **place(words["motion"], rng.random(5)))
+        words: dict[str, Any] = random_words(rng, **fixed)
+        return cls(**words | place(words["motion"], rng.random(5)))
 
     @property
     def caption(self) -> str: return caption_variant(self)
-    def path(self, t) -> np.ndarray: return path_of(self, t)
+    def path(self, t: Any) -> np.ndarray: return path_of(self, t)
     def render(self, frames: int = 16, size: int = 32, trail: bool = True, style: str = "plain") -> np.ndarray:
         return render_scene(self, frames, size, trail, style)
 
@@ -438,7 +439,7 @@ def reverse_motion(caption: str) -> str:
     return " ".join(OPPOSITES.get(word, word) for word in caption.split())
 
 # %% ../nbs/01_video.ipynb #cf6f7c13
-def turn_arc(x, y, radius, angle, turned, size: int) -> Tensor:
+def turn_arc(x: Any, y: Any, radius: Any, angle: Any, turned: Any, size: int) -> Tensor:
     "How opaque the arc is that an object has drawn around itself while it `turned`, clockwise above 0: `(n, size, size)`."
     x, y, radius, angle, turned = stand_up(x, y, radius, angle, turned)
     dx, dy = pixel_offsets(x, y, size)
@@ -459,8 +460,8 @@ def trail_of(scene: Scene, t: np.ndarray, size: int, paint: Callable[[Tensor], T
     "What is painted under the object in its colour, as opacities `(n, size, size)`: ghosts of earlier times, or an arc."
     if scene.motion == "standing still" or scene.motion == "growing" and paint is coverage: return []
     if scene.motion.startswith("spinning"):
-        now = scene.path(t)
-        return [turn_arc(*now, now[3] - scene.angle, size)]
+        x, y, radius, angle = scene.path(t)
+        return [turn_arc(x, y, radius, angle, angle - scene.angle, size)]
     step = 1 if scene.motion in ("bouncing", "orbiting") else 2                         # fast motions leave closer ghosts
     return [opacity * paint(silhouette(scene.shape, *scene.path(t - age), size=size))
             for age, opacity in ((3 * step, .12), (2 * step, .24), (step, .38))]
@@ -495,14 +496,15 @@ def held_out(colour: str, shape: str, motion: str) -> bool:
 # %% ../nbs/01_video.ipynb #c7412f10
 def draw_scenes(n: int, seed: int) -> list[Scene]:
     "`n` scenes for training, none of them held out; everything follows from the seed."
-    rng, out = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
+    out: list[Scene] = []
     while len(out) < n:
         s = Scene.random(rng)
         if not held_out(s.colour, s.shape, s.motion): out.append(s)
     return out
 
 # %% ../nbs/01_video.ipynb #db51a51c
-def pixels_of(frames) -> Tensor:
+def pixels_of(frames: Any) -> Tensor:
     "What `check_frames` takes, as float32 `(f, h, w, 3)` from 0 to 255."
     return torch.from_numpy(check_frames(frames).astype(np.float32, order="C"))
 
@@ -539,7 +541,7 @@ def solid(opacity: Tensor) -> Tensor:
     return ((filled(opacity) - 0.7) / 0.3).clamp(0, 1)
 
 # %% ../nbs/01_video.ipynb #b7596374
-def hollow(frames) -> float:
+def hollow(frames: Any) -> float:
     "How empty the inside of the object is: near 0 if it is solid, near 1 if it is an outline. Takes what `check_frames` takes."
     opacity = separate(pixels_of(frames))[0]
     inside = -F.max_pool2d(-filled(opacity), 5, 1, 2)                                   # two pixels away from the edge
@@ -593,7 +595,7 @@ def read_turn(opacity: Tensor, centre: Tensor, radius: Tensor) -> float:
     eighth = len(difference) // 8
     near = torch.cat([difference[-eighth:], difference[: eighth + 1]])                  # from -45 to 45 degrees
     gain, turned = difference[0] - near.min(), 360 / len(difference) * (int(near.argmin()) - eighth)
-    return turned / 4 if gain > max(0.0015, difference[0] / 2) else 0.0
+    return turned / 4 if gain > 0.0015 and gain > difference[0] / 2 else 0.0
 
 # %% ../nbs/01_video.ipynb #7e41ee6d
 def read_arc(opacity: Tensor, centre: Tensor, radius: Tensor) -> float:
@@ -619,7 +621,7 @@ def read_motion(opacity: Tensor, body: Tensor) -> str:
     if spread < 0.15 and growth.abs() > 0.2: return "growing" if growth > 0 else "shrinking"
     if growth.abs() > 0.1: return "unclear"
     scores = travel_scores(centres)
-    best = max(scores, key=scores.get)
+    best = max(scores, key=scores.__getitem__)
     if spread > 0.15 and scores[best] > 0.9: return best
     if spread < 0.25 and abs(turn) > 1.5: return "spinning clockwise" if turn > 0 else "spinning anticlockwise"
     return "standing still" if spread < 0.05 else "unclear"
@@ -638,12 +640,12 @@ def portrait(body: Tensor, size: int = 20) -> Tensor:
 def portraits() -> Tensor:
     "Of each shape as the world draws it, large and small, turned, with arc and echo lines, in both styles: `(6, drawings, pixels)`."
     ways = ("spinning clockwise", "spinning anticlockwise")
-    views = [(way, angle, radius, False) for way in ways for angle in (-0.1, 0.1) for radius in (0.35, 0.45)]
-    views += [(way, 0, 0.45, True) for way in ways]
-    views += [("growing", angle, 0.48, True) for angle in (-0.2, 0, 0.2)]
-    views += [(way, 0, radius, False, "neon") for way in ways for radius in (0.4, 0.5)]
+    views = [(way, angle, radius, False, "plain") for way in ways for angle in (-0.1, 0.1) for radius in (0.35, 0.45)]
+    views += [(way, 0.0, 0.45, True, "plain") for way in ways]
+    views += [("growing", angle, 0.48, True, "plain") for angle in (-0.2, 0.0, 0.2)]
+    views += [(way, 0.0, radius, False, "neon") for way in ways for radius in (0.4, 0.5)]
 
-    def draw(shape, motion, angle, radius, trail, style="plain"):
+    def draw(shape: str, motion: str, angle: float, radius: float, trail: bool, style: str) -> Tensor:
         clip = Scene("red", shape, motion, "dark", angle=angle, radius=radius).render(trail=trail, style=style)
         return portrait(solid(separate(pixels_of(clip))[0]))
 
@@ -670,7 +672,7 @@ class Reading:
     background: str
 
 # %% ../nbs/01_video.ipynb #90bfcb3c
-def read_clip(frames) -> Reading:
+def read_clip(frames: Any) -> Reading:
     """Colour, shape, motion and background of a clip, from its pixels alone and without any training.
 
     Takes what `check_frames` takes. The motion of a clip of fewer than 8 frames is unclear, and so is everything that fits no rule.

@@ -114,6 +114,10 @@ def test_time(seed):
     assert_same(TimestepEmbedding(d.temb, d.channels, act, condition), ReferenceEmbedding(d.temb, d.channels, act, cond_proj_dim=condition), inputs, inputs)
 
 
+def test_time_refuses_a_condition_that_it_has_no_layer_for():
+    with pytest.raises(ValueError, match="made without cond_proj_dim"): TimestepEmbedding(8, 32)(torch.zeros(1, 8), torch.zeros(1, 7))
+
+
 @each_seed
 def test_spatial_transformer(seed):
     d = Draw(seed)

@@ -35,8 +35,8 @@ PINS = {r.name.lower(): r.specifier for r in map(Requirement, re.findall(r"^[^#\
 # What Google Colab has installed: googlecolab/backend-info, snapshot of 2026-08-19.
 COLAB = {"torch": "2.11.0", "diffusers": "0.39.0", "transformers": "5.15", "accelerate": "1.14.0", "numpy": "2.1.3", "matplotlib": "3.10.0",
          "ipywidgets": "7.7.1", "pillow": "11.3", "einops": "0.8.2", "imageio-ffmpeg": "0.6.0"}
-# Not in our excerpt of that list. mediapy is not there at all; Colab's diffusers and transformers bring the other three.
-UNLISTED = {"mediapy", "safetensors", "tokenizers", "tqdm"}
+# Not in our excerpt of that list. mediapy is not there at all; Colab's diffusers, transformers and accelerate bring the others.
+UNLISTED = {"mediapy", "safetensors", "tokenizers", "tqdm", "packaging", "psutil"}
 
 
 def command(*args, **kwargs) -> str:
@@ -181,6 +181,19 @@ def make(folder: Path, *args: str, **env: str) -> list[str]:
 
 def test_make_test_runs_pytest(commands):
     assert make(commands, "test") == ["<-m>", "<pytest>"]
+
+
+def test_make_check_runs_everything(commands):
+    said = "\n".join(make(commands, "check"))
+    assert [part.split("\n")[0] for part in said.split("<-m>\n")[1:]] == ["<ruff>", "<mypy>", "<pytest>"] and said.endswith("<pytest>\n<--cov>")
+
+
+def test_ci_runs_make_check():
+    assert (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()[-1].startswith("exec make check ")
+
+
+def test_make_doctor(commands):
+    assert make(commands, "doctor") == ["<-m>", "<animatediff_lit.doctor>"]
 
 
 def test_make_lab_opens_the_tour(commands):
