@@ -16,6 +16,7 @@ import PIL.features
 import psutil
 import pytest
 import torch
+import yaml
 
 from animatediff_lit import doctor
 from animatediff_lit.doctor import Finding, attempt, check_ffmpeg, check_fonts, check_memory, check_numbers, check_package
@@ -70,6 +71,13 @@ def test_requirements_without_a_checkout(tmp_path, monkeypatch):
     for name, value in (("Requires-Python", ">=3.11"), ("Requires-Dist", "torch>=2.11"), ("Requires-Dist", 'ruff==0.1; extra == "dev"')): about[name] = value
     monkeypatch.setattr(doctor, "metadata", lambda name: about)
     assert promised(tmp_path) == (">=3.11", ["torch>=2.11"]) and tested(tmp_path) == {}
+
+
+@pytest.mark.parametrize("form", ["ISSUE_TEMPLATE/fault.yml", "ISSUE_TEMPLATE/idea.yml", "pull_request_template.md"])
+def test_forms_ask_for_the_report(form):
+    text = (ROOT / ".github" / form).read_text(encoding="utf-8")
+    assert "make doctor" in text and "doctor's report" in text
+    if form.endswith(".yml"): assert {part["id"] for part in yaml.safe_load(text)["body"]} == {"what", "doctor"}
 
 
 # ---- out of order
