@@ -139,7 +139,9 @@ def check_weights(folder: Path) -> str:
 def check_numbers(folder: Path, device: str) -> str:
     "Whether `device` computes what was recorded, within `TOLERANCE`."
     from animatediff_lit.pipeline import AnimationPipeline
-    found = deviation(nano_numbers(AnimationPipeline.from_pretrained(folder).to(device)), recorded(folder)["numbers"])
+    pipe, want = AnimationPipeline.from_pretrained(folder).to(device), recorded(folder)["numbers"]
+    try: found = deviation(nano_numbers(pipe), want)
+    except FloatingPointError: found = float("inf")                             # the sampler itself has met a NaN
     said = f"differs from the recorded numbers by {found:.1e}, and {TOLERANCE[device]:.0e} is allowed"
     if found <= TOLERANCE[device]: return said
     raise ArithmeticError(f"{said}: if the weights are in order, {device} computes wrongly with this PyTorch or driver; try another version.")
