@@ -171,8 +171,9 @@ def check_fonts() -> str:
     "Whether Pillow and matplotlib have the fonts that label our pictures."
     from matplotlib.font_manager import findfont
     from PIL import ImageFont, features
-    if not features.check("freetype2"): raise RuntimeError("Pillow was built without FreeType, and captions need it: install Pillow from its wheel.")
-    return f"{ImageFont.load_default(14).getname()[0]} (captions), {Path(findfont('DejaVu Sans', fallback_to_default=False)).stem} (figures)"
+    font = ImageFont.load_default(14) if features.check("freetype2") else None
+    if not isinstance(font, ImageFont.FreeTypeFont): raise RuntimeError("Pillow was built without FreeType, and captions need it: install Pillow from its wheel.")
+    return f"{font.getname()[0]} (captions), {Path(findfont('DejaVu Sans', fallback_to_default=False)).stem} (figures)"
 
 # %% ../nbs/21_contributing.ipynb #f4492a92
 def check_writing(folder: Path) -> str:
