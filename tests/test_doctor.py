@@ -16,10 +16,11 @@ import PIL.features
 import psutil
 import pytest
 import torch
+import yaml
 
 from animatediff_lit import doctor
 from animatediff_lit.doctor import Finding, attempt, check_ffmpeg, check_fonts, check_memory, check_numbers, check_package
-from animatediff_lit.doctor import check_python, check_weights, check_writing, deviation, examine, main, nano_numbers, promised, record, tested
+from animatediff_lit.doctor import check_python, check_weights, check_writing, deviation, examine, main, nano_numbers, promised, record
 from animatediff_lit.pipeline import NANO, AnimationPipeline
 from measure import MARK_TEXT, ROOT, chapters, spots
 
@@ -41,10 +42,10 @@ def copy(tmp_path) -> Path:
     return Path(shutil.copytree(NANO, tmp_path / "nano"))
 
 
-def flip(file: Path) -> None:
-    "One bit of the last weight: the highest of its exponent."
+def flip(file: Path, byte: int = -1, bit: int = 0b0100_0000) -> None:
+    "One bit of the last weight: the highest of its exponent, if no other is named."
     content = bytearray(file.read_bytes())
-    content[-1] ^= 0b0100_0000
+    content[byte] ^= bit
     file.write_bytes(content)
 
 
@@ -62,14 +63,21 @@ def test_this_machine_is_in_order(tmp_path, monkeypatch, capsys):
 
 def test_it_looks_at_every_requirement():
     python, packages = promised()
-    assert python == ">=3.11" and len(packages) > 10 and {p.split(">")[0].lower() for p in packages} <= set(tested())
+    assert python == ">=3.11" and len(packages) > 10 and {p.split(">")[0].lower() for p in packages} <= set(doctor.tested())
 
 
 def test_requirements_without_a_checkout(tmp_path, monkeypatch):
     about = Message()
     for name, value in (("Requires-Python", ">=3.11"), ("Requires-Dist", "torch>=2.11"), ("Requires-Dist", 'ruff==0.1; extra == "dev"')): about[name] = value
     monkeypatch.setattr(doctor, "metadata", lambda name: about)
-    assert promised(tmp_path) == (">=3.11", ["torch>=2.11"]) and tested(tmp_path) == {}
+    assert promised(tmp_path) == (">=3.11", ["torch>=2.11"]) and doctor.tested(tmp_path) == {}
+
+
+@pytest.mark.parametrize("form", ["ISSUE_TEMPLATE/fault.yml", "ISSUE_TEMPLATE/idea.yml", "pull_request_template.md"])
+def test_forms_ask_for_the_report(form):
+    text = (ROOT / ".github" / form).read_text(encoding="utf-8")
+    assert "make doctor" in text and "doctor's report" in text
+    if form.endswith(".yml"): assert {part["id"] for part in yaml.safe_load(text)["body"]} == {"what", "doctor"}
 
 
 # ---- out of order
@@ -95,7 +103,7 @@ def test_package_that_is_not_there():
 
 
 def test_damaged_weight(copy):
-    file = "motion_adapter/diffusion_pytorch_model.safetensors"
+    file = "unet/diffusion_pytorch_model.safetensors"
     flip(copy / file)
     assert failure(check_weights, copy).startswith(f"{file} not as recorded")
     assert "cpu computes wrongly" in failure(check_numbers, copy, "cpu")
@@ -109,7 +117,7 @@ def test_missing_weights_and_record(copy):
 
 
 def test_new_weights_are_recorded(copy):
-    flip(copy / "text_encoder" / "model.safetensors")
+    flip(copy / "text_encoder" / "model.safetensors", byte=-4, bit=1)                                # the lowest
     assert failure(check_weights, copy)
     record(copy)
     assert check_weights(copy) == "5 files, as recorded" and check_numbers(copy, "cpu")
