@@ -263,7 +263,7 @@ def unet_of(model: VideoUNet | AnimationPipeline) -> VideoUNet:
     if not isinstance(unet, VideoUNet): raise TypeError(f"Give a UNet3DConditionModel or an AnimationPipeline; this is a {type(model).__name__}.")
     return unet
 
-# %% ../nbs/16_custom_motion.ipynb #337ad106
+# %% ../nbs/16_custom_motion.ipynb #ebc612ba
 def integrate_custom_module(model: VideoUNet | AnimationPipeline, factory_or_module: str | nn.Module | Callable[[int], nn.Module],
                             sites: str | Sequence[str] | None = None, inplace: bool = False, replace: bool = False,
                             trained: bool = False) -> VideoUNet | AnimationPipeline:
@@ -271,8 +271,8 @@ def integrate_custom_module(model: VideoUNet | AnimationPipeline, factory_or_mod
 
     `factory_or_module`: a name in `MOTION_MODULES`, a function or class that makes a module for a width, or a module, which goes
     to the first site itself and as copies to the others. It comes behind the module that is there, or with `replace` in its
-    place. So before training the output is exactly the old one's; with `replace` at all sites, that of the old one with its
-    motion switched off. Everything but the custom modules is frozen. A site that does not exist, a module of another width,
+    place. So before training the output is exactly that of the old one, frozen alike; with `replace` at all sites, that of the
+    old one with its motion switched off. Everything but the custom modules is frozen. A site that does not exist, a module of another width,
     or, unless `trained`, one that is not the identity raises a ValueError and leaves the model as it was.
     """
     choose_sites(unet_of(model), sites)
@@ -316,7 +316,7 @@ def save_custom(model: VideoUNet | AnimationPipeline, path: str | Path) -> Path:
     write_whole(Path(path), safetensors.torch.save(weights, metadata={"format": "pt"}))
     return Path(path)
 
-# %% ../nbs/16_custom_motion.ipynb #9a60aad2
+# %% ../nbs/16_custom_motion.ipynb #5f44758e
 @torch.no_grad()
 def load_custom(model: VideoUNet | AnimationPipeline, path: str | Path) -> VideoUNet | AnimationPipeline:
     """Read into the custom modules of `model` what `save_custom` wrote; returns `model`.
@@ -327,7 +327,7 @@ def load_custom(model: VideoUNet | AnimationPipeline, path: str | Path) -> Video
     if not path.is_file(): raise FileNotFoundError(f"There is no file {path}: give one that save_custom wrote.")
     try: read = safetensors.torch.load(path.read_bytes())
     except (safetensors.SafetensorError, ValueError) as error: raise ValueError(f"{path} is no safetensors file, or a damaged one ({error}): save it again.") from None
-    odd = [name for name in {**mine, **read} if getattr(mine.get(name), "shape", None) != getattr(read.get(name), "shape", None)]
+    odd = sorted(name for name in {**mine, **read} if getattr(mine.get(name), "shape", None) != getattr(read.get(name), "shape", None))
     if odd:
         raise ValueError(f"{path} was made for other modules: {len(odd)} tensors differ in name or shape, the first is {odd[0]}. "
                          "Put in the same modules at the same sites first.")
