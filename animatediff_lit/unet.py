@@ -413,7 +413,7 @@ class UNet3DConditionModel(VideoUNet):
         return self
 
     def set_motion(self, enabled: bool) -> UNet3DConditionModel:
-        "Switches all motion modules on or off; off, every frame is on its own."
-        for module in self.modules():
-            if isinstance(module, MotionModule): module.enabled = enabled
+        "Switches all motion modules on or off, also those of another kind (chapter 16); off, every frame is on its own."
+        for name, module in self.named_modules():
+            if "motion_modules." in name and hasattr(module, "enabled"): module.enabled = enabled
         return self
