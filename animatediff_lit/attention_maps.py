@@ -19,12 +19,17 @@ from .temporal import PositionEncoding, TemporalAttention
 from .unet import VideoUNet
 
 # %% auto #0
-__all__ = ['KINDS', 'MEASURES', 'KNOWN', 'attention_weights', 'replaced', 'network_of', 'kind_of', 'attention_layers', 'Watch',
-           'watching', 'last_clip', 'distances', 'row_measures', 'tiles', 'summarise', 'LayerRecord', 'Tape',
-           'check_call', 'take_note', 'Recording', 'mean_map', 'scalar', 'cell_of', 'pixel_maps', 'follow', 'places_of',
-           'word_map', 'tokens_of', 'check_wishes', 'record_attention', 'recorder', 'listener', 'ChangedAttend',
-           'change_positions', 'zeroed_heads', 'check_changes', 'intervene', 'KnownAnswer', 'known_module', 'dot_map',
-           'known_dot', 'known_answer']
+__all__ = ['KINDS', 'MEASURES', 'KNOWN', 'PAGE', 'SELECTION', 'attention_weights', 'replaced', 'network_of', 'kind_of',
+           'attention_layers', 'Watch', 'watching', 'last_clip', 'distances', 'row_measures', 'tiles', 'summarise',
+           'LayerRecord', 'Tape', 'check_call', 'take_note', 'Recording', 'mean_map', 'scalar', 'cell_of', 'pixel_maps',
+           'follow', 'places_of', 'word_map', 'tokens_of', 'check_wishes', 'record_attention', 'recorder', 'listener',
+           'ChangedAttend', 'change_positions', 'zeroed_heads', 'check_changes', 'intervene', 'KnownAnswer',
+           'known_module', 'dot_map', 'known_dot', 'known_answer', 'in_bytes', 'frame_layers', 'all_mean_maps',
+           'layer_label', 'layer_scores', 'describe', 'answer_layer', 'answer_follow', 'run_key', 'Run', 'known_card',
+           'looks', 'summary_of', 'in_layer', 'draw_strip', 'draw_heads', 'recording_heads', 'draw_still', 'spread',
+           'page_keys', 'page_pixels', 'page_store', 'page_state', 'page', 'still_png', 'check_choice', 'ExplorerState',
+           'first_choice', 'AttentionExplorer', 'run_again', 'known_cards', 'answer', 'reply', 'bundle',
+           'explore_attention']
 
 # %% ../nbs/11_attention_maps.ipynb #7b361816
 KINDS, MEASURES = ("temporal", "self", "cross"), ("entropy", "reach", "diagonal")
@@ -72,7 +77,7 @@ def attention_layers(network: nn.Module, kinds: Sequence[str] = KINDS, layers: S
             raise ValueError(f"No attention of kind {' or '.join(kinds)} has {part!r} in its name; there are {', '.join(found) or 'none'}.")
     return {name: m for name, m in found.items() if layers is None or any(part in name for part in layers)}
 
-# %% ../nbs/11_attention_maps.ipynb #ed2cc471
+# %% ../nbs/11_attention_maps.ipynb #9bb9d79b
 class Watch:
     "Where a network is: its `step`, counted in new timesteps, the `size` (f, h, w) that came in, and the `shape` (b, f, h, w) further inside."
 
@@ -80,9 +85,10 @@ class Watch:
 
     def call(self, network: nn.Module, args: tuple, kwargs: dict) -> None:
         time, x = None, args[0] if args else kwargs.get("sample")
+        if x is None or x.ndim != 5: return
+        self.size = tuple(x.shape[2:])
         if isinstance(network, VideoUNet):
             time = float(torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[1]).reshape(-1)[0])
-        if x is not None and x.ndim == 5: self.size = tuple(x.shape[2:])
         if time is None or time != self.time:
             again = time is not None and self.time is not None and time > self.time
             self.step, self.runs, self.time = 0 if again else self.step + 1, self.runs + again, time
@@ -521,3 +527,363 @@ def known_answer(name: str, frames: int = 16, size: int = 8) -> KnownAnswer:
     "One of `KNOWN`, computed anew and held against what it must be; another name raises a ValueError."
     if name not in KNOWN: raise ValueError(f"{name!r} is no known answer: use one of {', '.join(KNOWN)}.")
     return known_dot(frames, size) if name == "dot" else known_module(name, frames, size)
+
+# %% ../nbs/11_attention_maps.ipynb #0d1fe0fc
+import base64
+import io
+import json
+import os
+import zlib
+from html import escape
+from pathlib import Path
+import anywidget
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+from traitlets import Any as AnyValue
+from traitlets import Bool, Bytes, Dict, Int, List, Unicode, observe, validate
+import animatediff_lit
+from .pipeline import first_line
+from .video import Video, png, write_whole
+
+# %% ../nbs/11_attention_maps.ipynb #d63b944b
+def in_bytes(weights: Tensor) -> np.ndarray:
+    "Weights from 0 to 1 in 256 steps, uint8, in the same shape."
+    return (weights * 255).round().byte().numpy()
+
+# %% ../nbs/11_attention_maps.ipynb #83eb49f8
+def frame_layers(recording: Recording) -> list[str]:
+    "The temporal layers of a recording; a ValueError if there are none."
+    if names := [name for name in recording.layers if recording.kind(name) == "temporal"]: return names
+    raise ValueError('The recording has no attention over frames: record with kinds=("temporal",) and run the model inside the with.')
+
+def all_mean_maps(recording: Recording) -> np.ndarray:
+    "All mean maps in bytes, layer after layer, head after head: `(steps, numbers)`."
+    names = frame_layers(recording)
+    return np.stack([np.concatenate([in_bytes(recording.mean_map(name, s)).ravel() for name in names]) for s in recording.steps])
+
+# %% ../nbs/11_attention_maps.ipynb #d2194e6f
+def layer_label(name: str) -> str:
+    "A layer's name for people: 'up_blocks.1.motion_modules.0.transformer_blocks.0.attn2' is 'Up 1.0 attn2'."
+    parts = name.split(".")
+    if "motion_modules" not in parts: return name
+    numbers = [p for p in parts if p.isdigit()]
+    if numbers[-1] == "0": numbers = numbers[:-1]                                       # the only block of its module, as a rule
+    return f"{parts[0].split('_')[0].capitalize()} {'.'.join(numbers)} {parts[-1]}"
+
+# %% ../nbs/11_attention_maps.ipynb #ad1aaa87
+def layer_scores(recording: Recording, measure: str) -> list:
+    "The score of every head, by step and layer."
+    names = frame_layers(recording)
+    return [[[round(v, 6) for v in recording.score(name, s, measure).tolist()] for name in names] for s in recording.steps]
+
+def describe(recording: Recording, video: Video) -> dict[str, Any]:
+    "What an explorer must know about a recording and its clip before it shows anything."
+    f, height, width, _ = video.frames.shape
+    if f != recording.frames: raise ValueError(f"The video has {f} frames and the recording {recording.frames}: give the two of one run.")
+    layers = [dict(name=name, label=layer_label(name), heads=recording.heads(name), height=recording.grid(name)[0], width=recording.grid(name)[1])
+              for name in frame_layers(recording)]
+    steps = [dict(step=s, timestep="none" if t is None else round(t)) for s, t in zip(recording.steps, recording.timesteps)]
+    order = torch.randperm(f, generator=torch.Generator().manual_seed(0)).tolist()
+    return dict(caption=video.caption, frames=f, height=height, width=width, grid=list(recording.size[1:]), layers=layers, steps=steps,
+                shuffle=order, scores={m: layer_scores(recording, m) for m in MEASURES}, follow=[[n // 2 for n in recording.size[1:]]])
+
+# %% ../nbs/11_attention_maps.ipynb #faee2187
+def answer_layer(recording: Recording, layer: int, step: int) -> tuple[dict, bytes]:
+    "The measures of all pixels in float32 and the maps of the recorded ones in bytes."
+    name = frame_layers(recording)[layer]
+    record, width = recording.at(name, step), recording.grid(name)[1]
+    maps = in_bytes(record.weigh(*record.kept)) if record.kept else np.zeros(0, np.uint8)
+    pixels = [[c // width, c % width] for c in record.cells] if record.kept else []
+    return dict(pixels=pixels), record.scalars.numpy().astype("<f4").tobytes() + maps.tobytes()
+
+# %% ../nbs/11_attention_maps.ipynb #7a6c02d3
+def answer_follow(recording: Recording, layer: int, step: int, y: int, x: int, head: int) -> tuple[dict, bytes]:
+    "The queries and then the keys of a pixel, `(2, frames, d)`, float32; rows and columns are the layer's own."
+    name = frame_layers(recording)[layer]
+    pixel = tuple(-(-n * side // own) for n, side, own in zip((y, x), recording.size[1:], recording.grid(name)))
+    found = [recording.follow(name, step, pixel, head, f, f) for f in range(recording.frames)]
+    numbers = torch.stack([torch.stack([one[part] for one in found]) for part in "qk"]).float()
+    return dict(width=numbers.shape[-1]), numbers.numpy().astype("<f4").tobytes()
+
+# %% ../nbs/11_attention_maps.ipynb #9ebc5408
+def run_key(switches: dict[str, Any]) -> str:
+    "The name of a run, the same in Python and in the script."
+    plain = {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in switches.items()}
+    return "run/" + json.dumps(plain, sort_keys=True, separators=(",", ":"))
+
+@dataclass
+class Run:
+    "A clip and its mean maps, `(steps, numbers)`, in bytes."
+    video: Video
+    means: np.ndarray
+
+# %% ../nbs/11_attention_maps.ipynb #11cb7564
+def known_card(answer: KnownAnswer) -> dict[str, Any]:
+    "A known answer in plain numbers, for the page."
+    measured, wanted = answer.recording.maps(answer.recording.layers[0], answer.recording.steps[0], answer.pixel)[0], answer.wanted
+    title = {"identity": "New module = identity", "uniform": "No question: uniform", "dot": "A dot that comes back"}[answer.name]
+    high = max(measured.max().item(), 0.0 if wanted is None else wanted.max().item())
+    return dict(name=answer.name, title=title, text=answer.says, high=high, passed=bool(answer.passed), measured=measured.tolist(),
+                expected=None if wanted is None else wanted.tolist(), verdict=f"Largest difference from what it must be: {answer.difference:.1e}.")
+
+# %% ../nbs/11_attention_maps.ipynb #6a54ff31
+def looks(weights: Tensor, frame: int) -> str:
+    "Which two frames a frame looks at most."
+    row = torch.from_numpy(in_bytes(weights[frame])).float() / 255                      # as the page has it
+    best = row.sort(descending=True, stable=True).indices.tolist()
+    return f"frame {frame} looks most at " + ", then at ".join(f"frame {j} ({row[j]:.2f})" for j in best[:2])
+
+# %% ../nbs/11_attention_maps.ipynb #f401848c
+def summary_of(explorer: AttentionExplorer) -> str:
+    "What the explorer shows, as text."
+    e, recording = explorer, explorer.recording
+    steps, where, at = recording.steps, "mean over all pixels", [recording.score(e.layer, e.step, m)[e.head] for m in MEASURES]
+    if e.pixel is not None:
+        y, x = in_layer(recording, e.layer, e.pixel)
+        where, at = f"pixel ({y}, {x})", [recording.scalar(e.layer, e.step, m)[e.head, y, x] for m in MEASURES]
+    n = steps.index(e.step)
+    text = (f"{layer_label(e.layer)}, head {e.head}, step {n + 1} of {len(steps)} (t = {e.info['steps'][n]['timestep']}), {where}: {looks(e.matrix(e.pixel), e.frame)}. "
+            f"Over all frames: entropy {at[0]:.2f} of at most {math.log(recording.frames):.2f} nats, reach {at[1]:.2f} frames, own frame {at[2]:.2f} of the weight.")
+    if e.other is None: return text
+    apart = (e.matrix(e.pixel) - e.matrix(e.other)).abs().sum(-1).mean() / 2
+    y, x = in_layer(recording, e.layer, e.other)
+    return text + f" Pixel B ({y}, {x}): {looks(e.matrix(e.other), e.frame)}; {100 * apart:.0f} % of the weight lies elsewhere than at A."
+
+# %% ../nbs/11_attention_maps.ipynb #2b0ddeb9
+def in_layer(recording: Recording, layer: str, pixel: Sequence[int]) -> tuple[int, int]:
+    "The place of a pixel of the latents in a layer that may be smaller."
+    (y, x), (height, width), (h, w) = pixel, recording.size[1:], recording.grid(layer)
+    return y * h // height, x * w // width
+
+# %% ../nbs/11_attention_maps.ipynb #36fd7fb4
+def draw_strip(explorer: AttentionExplorer, parts: Any) -> None:
+    "The film strip with the weights of the frame that asks, into a part of a figure."
+    row, frames = explorer.matrix(explorer.pixel)[explorer.frame], explorer.video.frames
+    for j, (top, low) in enumerate(parts.subplots(2, len(frames), sharey="row", gridspec_kw=dict(height_ratios=[1, 0.6], hspace=0, wspace=0.08)).T):
+        top.imshow(frames[j], alpha=0.22 + 0.78 * (row[j] / row.max()).item())
+        top.set(xticks=[], yticks=[])
+        for side in top.spines.values(): side.set(visible=j == explorer.frame, linewidth=2, color="tab:gray")
+        low.bar([0], [row[j].item()], color="#1f6f8b"); low.axis("off")
+        low.text(0.5, -0.05, f"{row[j]:.2f}", ha="center", va="top", fontsize=7, transform=low.transAxes)
+
+# %% ../nbs/11_attention_maps.ipynb #5af986f7
+def draw_heads(explorer: AttentionExplorer, part: Any) -> None:
+    "The matrices of all heads of the layer, and the measure of each over the steps, into a part of a figure."
+    recording, heads = explorer.recording, recording_heads(explorer)
+    maps = [explorer.matrix(explorer.pixel, head) for head in heads]
+    *axes, curve = part.subplots(1, len(heads) + 1, width_ratios=[1] * len(heads) + [1.5])
+    for head, ax, weights in zip(heads, axes, maps):
+        picture = ax.imshow(weights, cmap="viridis", vmin=0, vmax=max(m.max().item() for m in maps))
+        ax.set_title(f"head {head}", fontsize=8, fontweight="bold" if head == explorer.head else "normal")
+        ax.set_xlabel("key frame", fontsize=7); ax.tick_params(labelsize=6)
+    axes[0].set_ylabel("query frame", fontsize=7)
+    part.colorbar(picture, ax=axes, fraction=0.02, pad=0.02).ax.tick_params(labelsize=6)
+    for head in heads: curve.plot([recording.score(explorer.layer, s, explorer.measure)[head] for s in recording.steps],
+                                  color="#1f6f8b" if head == explorer.head else "0.7", linewidth=2 if head == explorer.head else 1)
+    curve.set_title(f"{explorer.measure}, step by step", fontsize=8); curve.tick_params(labelsize=6)
+
+def recording_heads(explorer: AttentionExplorer) -> range:
+    "The heads of the chosen layer."
+    return range(explorer.recording.heads(explorer.layer))
+
+# %% ../nbs/11_attention_maps.ipynb #ca8da23c
+def draw_still(explorer: AttentionExplorer) -> Figure:
+    "The explorer's first view as a figure."
+    figure = Figure(figsize=(9, 3.6), dpi=100, layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=[1, 1.9])
+    place = "mean over all pixels" if explorer.pixel is None else f"pixel {tuple(explorer.pixel)}"
+    upper.suptitle(f"{explorer.video.caption}: frame {explorer.frame} asks, {layer_label(explorer.layer)}, head {explorer.head}, {place}", fontsize=9)
+    draw_strip(explorer, upper); draw_heads(explorer, lower)
+    return figure
+
+# %% ../nbs/11_attention_maps.ipynb #2bf73e26
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">
+<title>{title}</title><style>body {{ margin: 0 auto; padding: 12px; max-width: 1160px; }}</style>
+<main id="attention-explorer"><p>{summary}</p><noscript><img alt="{summary}" src="data:image/png;base64,{still}"></noscript></main>
+<script type="application/json" id="attention-state">{state}</script><script type="text/plain" id="attention-store">{store}</script>
+<script type="module">
+{script}
+openPage();
+</script></html>"""
+
+# %% ../nbs/11_attention_maps.ipynb #b5b35296
+def spread(values: Sequence[int], many: int) -> list[int]:
+    "At most `many` of the values, evenly spread, the first and the last among them."
+    if many < 1: raise ValueError(f"steps is {many}: give the number of steps that the page stores, 1 or more.")
+    return [values[i] for i in sorted({round(i) for i in np.linspace(0, len(values) - 1, min(many, len(values)))})]
+
+def page_keys(explorer: AttentionExplorer, steps: list[int]) -> list[str]:
+    "What a page can show without a kernel: all pixels at some steps, and one or two pixels to follow."
+    layers = [(n, name) for n, name in enumerate(frame_layers(explorer.recording))]
+    keys = [f"layer/{n}/{s}" for n, _ in layers for s in steps]
+    for n, name in layers:
+        places = {in_layer(explorer.recording, name, p) for p in page_pixels(explorer)}
+        keys += [f"follow/{n}/{s}/{y}/{x}/{head}" for s in steps for y, x in sorted(places) for head in range(explorer.recording.heads(name))]
+    return keys
+
+def page_pixels(explorer: AttentionExplorer) -> list[list[int]]:
+    "The pixels whose queries and keys a page stores: A and B, or the one in the middle."
+    return [list(p) for p in (explorer.pixel, explorer.other) if p is not None] or explorer.info["follow"]
+
+# %% ../nbs/11_attention_maps.ipynb #d1a67eb5
+def page_store(explorer: AttentionExplorer, steps: list[int]) -> tuple[dict, bytes]:
+    "Where each key's bytes are, and all bytes one after the other."
+    at = [explorer.recording.steps.index(s) for s in steps]
+    found = {"film": ({}, explorer.film), "means": ({}, explorer.base.means[at].tobytes())}
+    for key in page_keys(explorer, steps):
+        try: found[key] = explorer.answer(key)
+        except ValueError: continue                                                     # a pixel that was not recorded
+    for key, run in explorer.done.items(): found[key] = ({}, run.video.frames.tobytes() + run.means[at].tobytes())
+    starts = np.cumsum([0] + [len(data) for _, data in found.values()]).tolist()
+    index = {key: dict(info=info, start=start, size=len(data)) for (key, (info, data)), start in zip(found.items(), starts)}
+    return index, b"".join(data for _, data in found.values())
+
+# %% ../nbs/11_attention_maps.ipynb #23550541
+SELECTION = ("layer", "head", "step", "pixel", "other", "frame", "key_frame", "locked", "measure", "overlay", "order", "panel", "switches", "presets")
+
+def page_state(explorer: AttentionExplorer, steps: list[int]) -> dict[str, Any]:
+    "The explorer's traits for a page that stores these steps."
+    at = [explorer.recording.steps.index(s) for s in steps]
+    info = explorer.info | dict(steps=[explorer.info["steps"][i] for i in at], follow=page_pixels(explorer),
+                                scores={m: [scores[i] for i in at] for m, scores in explorer.info["scores"].items()})
+    state = {name: getattr(explorer, name) for name in SELECTION}
+    return state | dict(info=info, live=False, runs=list(explorer.done), step=min(steps, key=lambda s: abs(s - explorer.step)))
+
+# %% ../nbs/11_attention_maps.ipynb #0ffb50c2
+def page(explorer: AttentionExplorer, many: int = 6) -> str:
+    "The whole page, with `many` steps."
+    steps = spread(explorer.recording.steps, many)
+    index, store = page_store(explorer, steps)
+    state = json.dumps(dict(state=page_state(explorer, steps), index=index)).replace("<", "\\u003c")
+    return PAGE.format(title=escape(f"Attention explorer: {explorer.video.caption}"), summary=escape(explorer.summary), state=state,
+                       still=base64.b64encode(still_png(explorer)).decode(), store=base64.b64encode(zlib.compress(store, 9)).decode(),
+                       script=explorer._esm_file.read_text(encoding="utf-8"))
+
+def still_png(explorer: AttentionExplorer) -> bytes:
+    "The still picture as a PNG of few colours."
+    out = io.BytesIO()
+    draw_still(explorer).savefig(out)
+    return png(Image.open(out).convert("RGB").quantize(128))
+
+# %% ../nbs/11_attention_maps.ipynb #6a60f6de
+def check_choice(explorer: AttentionExplorer, name: str, value: Any) -> Any:
+    "`value` if the trait can take it, else a ValueError that says what it can take."
+    recording, frames = explorer.recording, list(range(explorer.recording.frames))
+    if name in ("pixel", "other"):
+        h, w = recording.size[1:]
+        if value is None: return None
+        if len(value) == 2 and all(isinstance(n, int) and 0 <= n < most for n, most in zip(value, (h, w))): return list(value)
+        raise ValueError(f"{name} is {value!r}: give (row, column) of the latents, from (0, 0) to ({h - 1}, {w - 1}), or None.")
+    choices = dict(layer=frame_layers(recording), step=recording.steps, frame=frames, key_frame=frames, measure=list(MEASURES),
+                   order=["network", "rising", "falling"], panel=["heads", "follow", "what", "known", "help"])
+    if explorer.layer: choices["head"] = list(recording_heads(explorer))
+    if value in choices.get(name, [value]): return value
+    raise ValueError(f"{name} is {value!r}: choose one of {', '.join(map(str, choices[name]))}.")
+
+# %% ../nbs/11_attention_maps.ipynb #bdf519ad
+class ExplorerState(anywidget.AnyWidget):
+    "The traits of an `AttentionExplorer`: what it shows, and what the reader chose."
+    _esm_file = Path(animatediff_lit.__file__).parent / "attention_explorer.js"
+    _esm = _esm_file
+    info, film, means = Dict().tag(sync=True), Bytes().tag(sync=True), Bytes().tag(sync=True)
+    live, runs, presets = Bool(True).tag(sync=True), List().tag(sync=True), List().tag(sync=True)
+    layer, head, step = Unicode().tag(sync=True), Int().tag(sync=True), Int().tag(sync=True)
+    pixel, other = AnyValue(None).tag(sync=True), AnyValue(None).tag(sync=True)                       # (row, column) of the latents
+    frame, key_frame, locked = Int().tag(sync=True), Int().tag(sync=True), Bool(False).tag(sync=True)
+    measure, overlay = Unicode("entropy").tag(sync=True), Bool(False).tag(sync=True)
+    order, panel, switches = Unicode("network").tag(sync=True), Unicode("heads").tag(sync=True), Dict().tag(sync=True)
+
+    @validate("layer", "head", "step", "pixel", "other", "frame", "key_frame", "measure", "order", "panel")
+    def check(self, proposal: Any) -> Any: return check_choice(self, proposal["trait"].name, proposal["value"])
+
+    @observe("layer")
+    def keep_head(self, change: Any) -> None: self.head = min(self.head, len(recording_heads(self)) - 1)
+
+# %% ../nbs/11_attention_maps.ipynb #de07c85b
+def first_choice(recording: Recording) -> dict[str, Any]:
+    "Where an explorer opens: halfway through the steps and the frames, at the head that is the most decided there."
+    step, frame = recording.steps[len(recording.steps) // 2], recording.frames // 2
+    scores = {(name, head): v for name in frame_layers(recording) for head, v in enumerate(recording.score(name, step, "entropy").tolist())}
+    layer, head = min(scores, key=scores.get)
+    return dict(layer=layer, head=head, step=step, frame=frame, key_frame=frame)
+
+# %% ../nbs/11_attention_maps.ipynb #da7927d9
+class AttentionExplorer(ExplorerState):
+    """Walks through a recording and its clip, in a notebook or, by `to_html`, in a page of its own.
+
+    `rerun(**switches)` runs the model again and returns a recording and a clip; without it the switches say so. Further
+    arguments are first choices, such as `layer=...` and `pixel=(3, 4)`, and stay traits; one that cannot be raises a ValueError.
+    """
+
+    def __init__(self, recording: Recording, video: Video, rerun: Callable | None = None, **choices: Any):
+        self.recording, self.video, self.rerun, self.done = recording, video, rerun, {}
+        self.base = Run(video, all_mean_maps(recording))
+        super().__init__(info=describe(recording, video), film=video.frames.tobytes(), means=self.base.means.tobytes(), presets=known_cards(),
+                         **first_choice(recording) | choices)
+        self.on_msg(lambda widget, content, buffers: reply(self, content["ask"]))
+
+    def matrix(self, pixel: Sequence[int] | None = None, head: int | None = None) -> Tensor:
+        "The chosen layer, step and head: who looks at whom at a pixel, or on the mean over all, `(frames, frames)`."
+        maps = self.recording.mean_map(self.layer, self.step) if pixel is None else self.recording.maps(self.layer, self.step, tuple(pixel))
+        return maps[self.head if head is None else head]
+
+    @property
+    def summary(self) -> str: return summary_of(self)
+    def answer(self, key: str) -> tuple[dict, bytes]: return answer(self, key)
+    def run(self, **switches: Any) -> Video: return run_again(self, switches)
+
+    def to_html(self, path: str | Path, steps: int = 6) -> Path:
+        "Write one page that works without a kernel and without a network, with this many steps and the runs made so far."
+        write_whole(Path(path), page(self, steps).encode())
+        return Path(path)
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> Any: return bundle(self, super()._repr_mimebundle_(**kwargs))
+
+# %% ../nbs/11_attention_maps.ipynb #7aec1ceb
+def run_again(explorer: AttentionExplorer, switches: dict[str, Any]) -> Video:
+    "The clip that comes out with these switches, which are arguments of `intervene`; kept, so that a second call costs nothing."
+    key = run_key(switches)
+    if key not in explorer.done:
+        if explorer.rerun is None: raise ValueError("This explorer holds a recording only: open it by explore_attention(pipe, prompt) to run the model again.")
+        recording, video = explorer.rerun(**switches)
+        explorer.done[key] = Run(video, all_mean_maps(recording))
+    explorer.runs, explorer.switches = list(explorer.done), switches
+    return explorer.done[key].video
+
+def known_cards() -> list[dict[str, Any]]:
+    "All known answers, computed now."
+    return [known_card(known_answer(name)) for name in KNOWN]
+
+# %% ../nbs/11_attention_maps.ipynb #3bb5c72c
+def answer(explorer: AttentionExplorer, key: str) -> tuple[dict, bytes]:
+    "What the script asks for: 'layer/3/12', 'follow/3/12/4/4/0' (layer, step, row, column, head) or 'run/{...}'."
+    kind, _, rest = key.partition("/")
+    if kind == "run":
+        video, run = run_again(explorer, json.loads(rest)), explorer.done[run_key(json.loads(rest))]
+        return {}, video.frames.tobytes() + run.means.tobytes()
+    if kind not in ("layer", "follow"): raise ValueError(f"{key!r} is nothing that can be asked for: use layer/..., follow/... or run/....")
+    return (answer_layer if kind == "layer" else answer_follow)(explorer.recording, *map(int, rest.split("/")))
+
+def reply(explorer: AttentionExplorer, key: str) -> None:
+    "Answer the script, or tell it in a sentence why not."
+    if key == "presets": explorer.presets = known_cards(); return
+    try: info, data = explorer.answer(key)
+    except Exception as error: explorer.send(dict(key=key, error=first_line(error)))
+    else: explorer.send(dict(key=key, **info), [data])
+
+# %% ../nbs/11_attention_maps.ipynb #06db5fea
+def bundle(explorer: AttentionExplorer, live: Any) -> Any:
+    "The widget where a kernel shows it, and always the picture and the words for where none does."
+    still = {"image/png": base64.b64encode(still_png(explorer)).decode(), "text/plain": explorer.summary}
+    if "IN_TEST" in os.environ or not live: return still
+    data, metadata = live
+    return {**data, **still}, metadata
+
+# %% ../nbs/11_attention_maps.ipynb #654d05ed
+def explore_attention(pipe: AnimationPipeline, prompt: str, steps: Collection[int] | None = None, **options: Any) -> AttentionExplorer:
+    "Animate a prompt, record who looks at which frame, and open it; `options` go to the pipeline, and the switches run it again."
+    def run(pixels: Sequence | None = (), **switches: Any) -> tuple[Recording, Video]:
+        with intervene(pipe, **switches), record_attention(pipe, steps=steps, pixels=pixels) as recording: video = pipe(prompt, progress=False, **options)
+        return recording, video
+    return AttentionExplorer(*run(pixels=None), rerun=run)
