@@ -285,28 +285,29 @@ function render({ model, el }) {
   // -- the matrices
   const matrixA = matrixView("Matrix", onmatrix), matrixB = matrixView("Matrix of pixel B", onmatrix);
   const topA = h("span"), missing = h("p", { class: "hint" });
-  const matrices = h("div", { class: "pair" }, matrixA.el, matrixB.el);
-  const middle = h("div", { class: "middle" }, matrices, missing, h("div", { class: "scale" }, h("span", {}, "weight 0"), h("span", { class: "ramp" }), topA));
+  const pair = h("div", { class: "pair" }, matrixA.el, matrixB.el);
+  const middle = h("div", {}, pair, missing, h("div", { class: "scale indent" }, h("span", {}, "weight 0"), h("span", { class: "ramp" }), topA));
   const headRow = h("div", { class: "headrow", role: "radiogroup", "aria-label": "Head", onkeydown: (event) => {
     const by = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
     if (!by) return;
     event.preventDefault(); set({ head: (head() + by + layer().heads) % layer().heads }); headRow.children[head()].focus();
   } });
-  const right = h("div", { class: "right" }, h("div", { class: "title" }, "Heads of this layer"), headRow);
+  const chart = h("div", { class: "chart" });
+  const right = h("div", { class: "right" }, h("div", { class: "title" }, "Heads of this layer"), headRow, chart);
   const text = h("p", { class: "summary" });
 
   // -- layers and heads
   const order = radios("Order", ORDERS, (o) => set({ order: o }));
   const tiles = layers.flatMap((l, n) => Array.from({ length: l.heads }, (_, k) => {
+    const [, block, kind] = l.label.match(/^(.*?)(?: (\S+))?$/);
     const canvas = h("canvas"), value = h("b");
     const button = h("button", { type: "button", class: "tile", "data-layer": n, "data-head": k, onclick: () => set({ layer: l.name, head: k }) },
-      canvas, value, h("span", {}, `${l.label} · ${k}`));
+      canvas, value, h("span", {}, block), h("span", {}, `${kind ?? ""} · ${k}`));
     return { l: n, k, canvas, value, button };
-  }));
-  const grid = h("div", { class: "tiles" }), chart = h("div", { class: "chart" });
-  const headsPanel = h("div", { class: "heads" },
-    h("div", {}, h("div", { class: "line" }, h("span", { class: "label" }, "Order"), order.el, h("span", { class: "hint", id: "tiles-note" }, "Mean over all pixels; each tile has its own scale.")), grid),
-    chart);
+  })).sort((a, b) => a.k - b.k || a.l - b.l);                                // a column for each layer, a row for each head
+  const grid = h("div", { class: layers.length > 16 ? "tiles" : "tiles square", style: `--layers:${layers.length}` });
+  const headsPanel = h("div", {}, h("div", { class: "line" }, h("span", { class: "label" }, "Order"), order.el,
+    h("span", { class: "hint" }, "A tile is the mean over all pixels, in a scale of its own; below it the measure, the layer and the head.")), grid);
 
   // -- follow one number
   const stepper = (name, trait) => {
@@ -341,7 +342,7 @@ function render({ model, el }) {
     h("p", { class: "hint" }, live ? "The switches run the model again with the same starting noise." : "The switches need a kernel: open the chapter to use them. This page stores a few runs."), stored, result);
 
   // -- known answers, and how to read
-  const knownPanel = h("div", { class: "cards" });
+  const knownPanel = h("div");
   const helpPanel = h("div", { class: "help" }, [
     "One row of a matrix is one frame that asks; its columns are the frames that it may listen to, and the row sums to one. Every pixel has a matrix of its own, for every head, layer and denoising step.",
     "Film strip: hover a frame to see whom it listens to, click to hold it, click again to let go; the left and right arrow keys step. Frames with little weight fade.",
@@ -411,6 +412,7 @@ function render({ model, el }) {
     if (lost) mapsA = of(null);
     const top = Math.max(...[...mapsA, ...mapsB].filter(Boolean).map((v) => Math.max(...v))) || 1;
     topA.textContent = num(top / 255);
+    pair.classList.toggle("two", !!mapsB[head()]);
     const i = query(), j = key(), say2 = (v) => (v ? ` · ${i} → ${j}: ${num(v[i * F + j] / 255)}` : "");
     matrixA.update(mapsA[head()], F, top, i, j, `${a && !lost ? "Pixel A" : "All pixels"}, head ${head()}${say2(mapsA[head()])}`);
     matrixB.update(mapsB[head()], F, top, i, j, `Pixel B, head ${head()}${say2(mapsB[head()])}`);
@@ -439,10 +441,9 @@ function render({ model, el }) {
       t.button.setAttribute("aria-pressed", on);
       t.button.setAttribute("aria-label", `${layers[t.l].label}, head ${t.k}: ${MEASURES[m].label.toLowerCase()} ${num(value(t))}`);
     });
-    drawChart(m);
   }
-  function drawChart(m) {
-    const all = info.scores[m].flat(2), low = Math.min(...all), high = Math.max(...all), n = steps.length, w = 300, t = 150;
+  function drawChart(m = get("measure")) {
+    const all = info.scores[m].flat(2), low = Math.min(...all), high = Math.max(...all), n = steps.length, w = 300, t = 132;
     const x = (s) => 34 + ((w - 44) * s) / Math.max(n - 1, 1), y = (v) => 10 + (t - 34) * (1 - (v - low) / (high - low || 1));
     const line = (k, cls) => h("polyline", { class: cls, points: steps.map((_, s) => `${x(s).toFixed(1)},${y(score(layerIndex(), k, s)).toFixed(1)}`).join(" ") });
     const others = Array.from({ length: layer().heads }, (_, k) => k).filter((k) => k !== head()), now = stepIndex();
@@ -523,9 +524,9 @@ function render({ model, el }) {
     const cards = (get("presets") || []).map((p) => {
       const show = (title, values) => { if (!values) return null; const c = h("canvas"); paint(c, values.flat(), values.length, values[0].length, p.low ?? 0, p.high); return h("figure", { class: "small" }, c, h("figcaption", {}, title)); };
       return h("article", { class: "card", "data-preset": p.name }, h("div", { class: "title" }, p.title, h("b", { class: p.passed ? "pass" : "fail" }, p.passed ? "✓ pass" : "✗ fail")),
-        h("p", {}, p.text), h("div", { class: "line" }, show("expected", p.expected), show("measured", p.measured)), h("p", { class: "hint" }, p.verdict));
+        h("p", {}, p.text), h("div", { class: "line" }, show("expected", p.expected), show(p.expected ? "measured" : "its map, of any kind", p.measured)), h("p", { class: "hint" }, p.verdict));
     });
-    knownPanel.replaceChildren(...cards, h("div", {}, h("button", { type: "button", disabled: !live, onclick: () => { model.send({ ask: "presets" }); say("Checking."); } }, "Check again"),
+    knownPanel.replaceChildren(h("div", { class: "cards" }, cards), h("div", { class: "line again" }, h("button", { type: "button", disabled: !live, onclick: () => { model.send({ ask: "presets" }); say("Checking."); } }, "Check again"),
       h("p", { class: "hint" }, live ? "Runs the three checks in the kernel." : "Checked when this page was written; checking again needs a kernel.")));
   }
   const drawn = {};
@@ -539,7 +540,7 @@ function render({ model, el }) {
     measure.update(get("measure")); order.update(get("order"));
     overlay.setAttribute("aria-pressed", get("overlay"));
     if (get("pixel") || get("overlay")) chunk();
-    drawStrip(drawMatrices()); drawStage();
+    drawStrip(drawMatrices()); drawStage(); drawChart();
     text.textContent = summary();
     names.forEach((p, n) => { panelOf[p].hidden = p !== panel; tabs[n].setAttribute("aria-selected", p === panel); tabs[n].tabIndex = p === panel ? 0 : -1; });
     if (panel === "heads") drawHeads();
@@ -558,7 +559,8 @@ function render({ model, el }) {
 
 // ---- the page without a kernel: the same model, out of what the page stores
 async function inflate(base64) {
-  const packed = Uint8Array.from(atob(base64), (c) => c.charCodeAt(0));
+  const text = atob(base64), packed = new Uint8Array(text.length);
+  for (let n = 0; n < text.length; n++) packed[n] = text.charCodeAt(n);
   return new Uint8Array(await new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"))).arrayBuffer());
 }
 function storedModel(state, index, store) {
@@ -597,7 +599,7 @@ const CSS = `
 .attention-explorer .name { font-size: 20px; font-weight: 600; line-height: 1.25; }
 .attention-explorer .label, .attention-explorer .hint { color: var(--muted); font-size: 12.5px; }
 .attention-explorer .title { font-size: 13px; font-weight: 600; margin-bottom: 6px; white-space: nowrap; }
-.attention-explorer .value { min-width: 2.5ch; font-size: 13px; white-space: nowrap; }
+.attention-explorer .value { min-width: 2.5ch; text-align: center; font-size: 13px; white-space: nowrap; }
 .attention-explorer .field { display: flex; flex-direction: column; gap: 4px; }
 .attention-explorer .line { display: flex; align-items: center; gap: 8px; flex-wrap: wrap; }
 .attention-explorer .tools { display: flex; flex-wrap: wrap; gap: 14px 28px; padding-bottom: 14px; border-bottom: 1px solid var(--line); }
@@ -618,13 +620,13 @@ const CSS = `
 .attention-explorer .strip { display: grid; grid-template-columns: repeat(var(--frames), minmax(0, 1fr)); gap: 4px; margin-top: 6px; }
 .attention-explorer .frame { padding: 0 0 2px; border: 0; background: none; min-height: 0; display: grid; gap: 3px; border-radius: 6px; text-align: center; font-size: 11.5px; }
 .attention-explorer .frame:hover:not(:disabled) { background: none; }
-.attention-explorer .frame canvas { border-radius: 5px; aspect-ratio: 1; object-fit: cover; }
+.attention-explorer .frame canvas { border-radius: 5px; box-shadow: 0 0 0 1px var(--line); aspect-ratio: 1; object-fit: cover; }
 .attention-explorer .frame .bar { height: 30px; display: flex; align-items: end; justify-content: center; border-bottom: 1px solid var(--line); }
 .attention-explorer .frame .bar i { display: block; width: 62%; background: var(--accent); border-radius: 2px 2px 0 0; }
 .attention-explorer .frame b { font-weight: 400; } .attention-explorer .frame .n { color: var(--muted); font-size: 11px; }
 .attention-explorer .frame.asks { outline: 2px solid var(--fg); outline-offset: 2px; } .attention-explorer .frame.asks .n { color: var(--fg); font-weight: 700; }
 .attention-explorer .locked .frame.asks { outline-width: 3px; } .attention-explorer .frame:focus-visible { outline: 3px solid var(--ring); }
-.attention-explorer .main { display: grid; grid-template-columns: 232px minmax(0, 1fr) auto; gap: 18px 30px; align-items: start; }
+.attention-explorer .main { display: grid; grid-template-columns: 232px minmax(0, 1fr) 284px; gap: 18px 26px; align-items: start; }
 .attention-explorer .stage { position: relative; width: 232px; border-radius: 6px; overflow: hidden; cursor: crosshair; border: 1px solid var(--line); }
 .attention-explorer .stage > * { position: absolute; inset: 0; height: 100%; }
 .attention-explorer .heat { opacity: 0.72; }
@@ -634,27 +636,27 @@ const CSS = `
 .attention-explorer .pixel span { position: absolute; top: 1px; left: 1px; background: #000; color: #fff; font: 700 11px/14px system-ui, sans-serif; padding: 0 3px; border-radius: 0 0 3px 0; }
 .attention-explorer .scale { display: flex; align-items: center; gap: 8px; font-size: 12px; color: var(--muted); margin: 6px 0 2px; white-space: nowrap; }
 .attention-explorer .ramp { flex: 1; height: 8px; max-width: 150px; border-radius: 4px; background: linear-gradient(to right, #440154, #3b528b, #21918c, #5ec962, #fde725); }
-.attention-explorer .pair { display: flex; gap: 22px; flex-wrap: wrap; }
-.attention-explorer .matrix { flex: 0 1 262px; min-width: 170px; } .attention-explorer .axes { display: grid; grid-template-columns: 18px 1fr; }
+.attention-explorer .pair { display: grid; gap: 14px; grid-template-columns: minmax(0, 330px); } .attention-explorer .pair.two { grid-template-columns: repeat(2, minmax(0, 265px)); } .attention-explorer .scale.indent { padding-left: 18px; }
+.attention-explorer .axes { display: grid; grid-template-columns: 18px 1fr; }
 .attention-explorer .axes .y { writing-mode: vertical-rl; transform: rotate(180deg); text-align: center; font-size: 11.5px; color: var(--muted); }
 .attention-explorer .axes .x { grid-column: 2; display: flex; justify-content: space-between; font-size: 11.5px; color: var(--muted); padding-top: 2px; }
 .attention-explorer .plot { position: relative; cursor: crosshair; border-radius: 3px; }
 .attention-explorer .plot .row, .attention-explorer .plot .cell { position: absolute; pointer-events: none; }
 .attention-explorer .plot .row { left: 0; right: 0; border: 2px solid #fff; box-shadow: 0 0 0 1.5px #000, inset 0 0 0 1px #000; border-radius: 2px; }
 .attention-explorer .plot .cell { border: 2px solid #fff; box-shadow: 0 0 0 1.5px #000; }
-.attention-explorer .headrow { display: grid; grid-template-columns: repeat(2, auto); gap: 8px; }
-.attention-explorer .thumb { padding: 5px 5px 2px; display: grid; grid-auto-flow: row; gap: 3px; justify-items: center; } .attention-explorer .thumb canvas { width: 84px; border-radius: 2px; }
+.attention-explorer .headrow { display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 6px; max-width: 340px; }
+.attention-explorer .thumb { padding: 5px 5px 2px; display: grid; grid-auto-flow: row; gap: 3px; justify-items: center; } .attention-explorer .thumb canvas { border-radius: 2px; }
 .attention-explorer .thumb span { font-size: 12px; } .attention-explorer .thumb[aria-checked="true"] { border-color: var(--accent); background: color-mix(in srgb, var(--accent) 16%, var(--bg)); font-weight: 700; }
 .attention-explorer .summary { background: var(--soft); border-radius: 8px; padding: 9px 13px; margin: 14px 0 16px; min-height: 3.9em; }
 .attention-explorer .tabs { display: flex; gap: 4px; border-bottom: 1px solid var(--line); flex-wrap: wrap; }
 .attention-explorer .tabs button { border: 0; border-radius: 7px 7px 0 0; padding: 6px 12px; border-bottom: 2.5px solid transparent; background: none; color: var(--muted); }
 .attention-explorer .tabs button[aria-selected="true"] { border-bottom-color: var(--accent); color: var(--fg); font-weight: 600; }
 .attention-explorer .panels { padding-top: 14px; min-height: 260px; }
-.attention-explorer .heads { display: grid; grid-template-columns: minmax(0, 1fr) 300px; gap: 26px; align-items: start; }
-.attention-explorer .tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(84px, 1fr)); gap: 6px; margin-top: 10px; }
-.attention-explorer .tile { padding: 5px; display: grid; gap: 1px; text-align: left; font-size: 11px; line-height: 1.3; } .attention-explorer .tile canvas { border-radius: 2px; margin-bottom: 3px; }
-.attention-explorer .tile b { font-size: 12.5px; font-weight: 600; } .attention-explorer .tile span { color: var(--muted); font-weight: 400; }
-.attention-explorer .chart svg { width: 100%; } .attention-explorer text { fill: var(--muted); font-size: 10.5px; }
+.attention-explorer .tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(66px, 1fr)); gap: 5px; margin-top: 10px; }
+@container (min-width: 1000px) { .attention-explorer .tiles.square { grid-template-columns: repeat(var(--layers), minmax(0, 1fr)); } }
+.attention-explorer .tile { padding: 4px; display: block; text-align: left; font-size: 10.5px; line-height: 1.3; border-color: transparent; } .attention-explorer .tile canvas { border-radius: 2px; margin-bottom: 3px; }
+.attention-explorer .tile b { font-size: 12.5px; font-weight: 600; } .attention-explorer .tile span { color: var(--muted); font-weight: 400; display: block; white-space: nowrap; overflow: hidden; }
+.attention-explorer .chart { margin-top: 16px; max-width: 340px; } .attention-explorer .chart svg { width: 100%; } .attention-explorer text { fill: var(--muted); font-size: 10.5px; }
 .attention-explorer polyline { fill: none; stroke: var(--muted); stroke-width: 1; opacity: 0.6; } .attention-explorer polyline.mine { stroke: var(--accent); stroke-width: 2.6; opacity: 1; }
 .attention-explorer circle { fill: var(--accent); } .attention-explorer line.base { stroke: var(--line); } .attention-explorer line.now { stroke: var(--fg); stroke-dasharray: 3 3; }
 .attention-explorer .stages { display: grid; grid-template-columns: repeat(5, minmax(0, 1fr)); gap: 12px; margin: 10px 0; }
@@ -667,12 +669,12 @@ const CSS = `
 .attention-explorer .band { display: grid; grid-template-columns: 52px 1fr; align-items: center; margin-bottom: 4px; } .attention-explorer .strip.plain { margin: 0; } .attention-explorer .strip.plain canvas { border-radius: 3px; }
 .attention-explorer .numbers { gap: 26px; align-items: start; margin-top: 12px; } .attention-explorer .numbers > div { max-width: 300px; } .attention-explorer .big { font-size: 26px; font-weight: 600; line-height: 1.1; }
 .attention-explorer .small canvas { width: 116px; border-radius: 3px; } .attention-explorer .small figcaption { font-size: 12px; color: var(--muted); margin-top: 3px; }
-.attention-explorer .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(250px, 1fr)); gap: 14px; } .attention-explorer .card { background: var(--soft); border-radius: 8px; padding: 12px 14px; }
-.attention-explorer .card .title { display: flex; justify-content: space-between; } .attention-explorer .fail { text-decoration: underline; }
+.attention-explorer .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(250px, 1fr)); gap: 14px; margin-bottom: 12px; } .attention-explorer .card .small { flex: 0 1 112px; } .attention-explorer .card .small canvas { width: 100%; } .attention-explorer .card { background: var(--soft); border-radius: 8px; padding: 12px 14px; }
+.attention-explorer .card .title { display: flex; justify-content: space-between; margin-bottom: 2px; } .attention-explorer .card p { margin: 2px 0 8px; } .attention-explorer .fail { text-decoration: underline; }
 .attention-explorer .help { max-width: 74ch; } .attention-explorer .help p { margin: 0 0 9px; }
 .attention-explorer .sr { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
-@container (max-width: 900px) { .attention-explorer .heads { grid-template-columns: 1fr; } .attention-explorer .chart { max-width: 380px; } .attention-explorer .stages { grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); } }
-@container (max-width: 760px) { .attention-explorer .main { grid-template-columns: 1fr; } .attention-explorer .headrow { grid-template-columns: repeat(4, auto); justify-content: start; } .attention-explorer .strip:not(.plain) { grid-template-columns: repeat(8, minmax(0, 1fr)); row-gap: 12px; } }
+@container (max-width: 900px) { .attention-explorer .stages { grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); } }
+@container (max-width: 760px) { .attention-explorer .main { grid-template-columns: 1fr; } .attention-explorer .strip:not(.plain) { grid-template-columns: repeat(8, minmax(0, 1fr)); row-gap: 12px; } }
 `;
 
 export default { render, openPage };
