@@ -6,7 +6,7 @@
 const MEASURES = {
   entropy: { label: "Entropy", unit: "nats", digits: 2, tip: "How spread out a row is: 0 is one single frame" },
   reach: { label: "Reach", unit: "frames", digits: 2, tip: "How many frames away the weight lies, on average" },
-  diagonal: { label: "Own frame", unit: "of the weight", digits: 2, tip: "The share of the weight that a frame gives to itself" },
+  diagonal: { label: "Own share", unit: "of the weight", digits: 2, tip: "The share of the weight that a frame gives to itself" },
 };
 const ORDERS = { network: "Network", rising: "Low first", falling: "High first" };
 const PANELS = { heads: "Layers and heads", follow: "Follow one number", what: "What if", known: "Known answers", help: "How to read" };
@@ -19,22 +19,22 @@ function colour(t) {
   const x = Math.min(Math.max(t || 0, 0), 1) * (ANCHORS.length - 1), i = Math.min(Math.floor(x), ANCHORS.length - 2);
   return ANCHORS[i].map((c, n) => Math.round(c + (x - i) * (ANCHORS[i + 1][n] - c)));
 }
-const LUT = Array.from({ length: 256 }, (_, i) => colour(i / 255));
+const pack = (r, g, b) => ((255 << 24) | (b << 16) | (g << 8) | r) >>> 0;         // one pixel of a canvas as one number
+const LUT = Array.from({ length: 256 }, (_, i) => pack(...colour(i / 255)));
 
-function paint(canvas, values, rows, cols, low, high) {
-  if (canvas.width !== cols || canvas.height !== rows) Object.assign(canvas, { width: cols, height: rows });
-  const context = canvas.getContext("2d"), image = context.createImageData(cols, rows), span = high - low || 1;
-  for (let n = 0; n < rows * cols; n++) {
-    const c = LUT[Math.round(Math.min(Math.max((values[n] - low) / span, 0), 1) * 255)];
-    image.data.set([c[0], c[1], c[2], 255], 4 * n);
-  }
+function fill(canvas, height, width, at) {
+  if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
+  const context = canvas.getContext("2d"), image = context.createImageData(width, height), out = new Uint32Array(image.data.buffer);
+  for (let n = 0; n < out.length; n++) out[n] = at(n);
   context.putImageData(image, 0, 0);
 }
+function paint(canvas, values, rows, cols, low, high) {
+  const factor = 255 / (high - low || 1);
+  fill(canvas, rows, cols, (n) => LUT[Math.round(Math.min(Math.max((values[n] - low) * factor, 0), 255))]);
+}
 function paintFrame(canvas, film, frame, height, width) {
-  if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
-  const context = canvas.getContext("2d"), image = context.createImageData(width, height), from = frame * height * width * 3;
-  for (let n = 0; n < height * width; n++) for (let c = 0; c < 4; c++) image.data[4 * n + c] = c < 3 ? film[from + 3 * n + c] : 255;
-  context.putImageData(image, 0, 0);
+  const from = frame * height * width * 3;
+  fill(canvas, height, width, (n) => pack(film[from + 3 * n], film[from + 3 * n + 1], film[from + 3 * n + 2]));
 }
 
 // ---- small helpers
@@ -283,7 +283,7 @@ function render({ model, el }) {
   const left = h("div", { class: "left" }, stageTitle, stage, scale, stageText, clearButton);
 
   // -- the matrices
-  const matrixA = matrixView("Matrix", onmatrix), matrixB = matrixView("Matrix of pixel B", onmatrix);
+  const matrixA = matrixView("Matrix", onmatrix), matrixB = matrixView("Second matrix", onmatrix);
   const topA = h("span"), missing = h("p", { class: "hint" });
   const pair = h("div", { class: "pair" }, matrixA.el, matrixB.el);
   const middle = h("div", {}, pair, missing, h("div", { class: "scale indent" }, h("span", {}, "weight 0"), h("span", { class: "ramp" }), topA));
@@ -371,6 +371,7 @@ function render({ model, el }) {
   el.replaceChildren(root);
 
   // -- drawing
+  const drawn = {};
   function drawStrip(values) {
     const i = query(), row = Array.from(values.subarray(i * F, (i + 1) * F)), top = Math.max(...row) || 1;
     cells.forEach(({ button, canvas, bar, weight }, j) => {
@@ -398,7 +399,7 @@ function render({ model, el }) {
     const box = (pixel, name) => h("div", { class: `pixel ${name.toLowerCase()}`, style: `top:${(100 * inLayer(pixel)[0]) / height}%;left:${(100 * inLayer(pixel)[1]) / width}%;height:${100 / height}%;width:${100 / width}%` }, h("span", {}, name));
     marks.replaceChildren(...[[get("pixel"), "A"], [get("other"), "B"]].filter(([p]) => p).map(([p, name]) => box(p, name)),
       ...(local.cursor && document.activeElement === stage ? [h("div", { class: "cursor", style: `top:${(100 * local.cursor[0]) / GH}%;left:${(100 * local.cursor[1]) / GW}%;height:${100 / GH}%;width:${100 / GW}%` })] : []));
-    stageTitle.textContent = `Frame ${i}${values ? `, ${MEASURES[m].label.toLowerCase()} of head ${head()} laid over` : ""}`;
+    stageTitle.textContent = `Frame ${i}${values ? ` and the ${MEASURES[m].label.toLowerCase()}` : ""}`;
     stageText.textContent = !get("pixel") ? "Click a pixel for its own matrix." : get("other") ? "A and B are compared. Click to begin anew." : "Click a second pixel to compare.";
     clearButton.hidden = !get("pixel");
     stage.setAttribute("aria-label", `Frame ${i}, ${GH} by ${GW} pixels of the latents. Pixel A ${get("pixel") ?? "none"}, pixel B ${get("other") ?? "none"}. Arrow keys move, Enter picks A, Shift and Enter picks B, Escape clears.`);
@@ -414,8 +415,8 @@ function render({ model, el }) {
     topA.textContent = num(top / 255);
     pair.classList.toggle("two", !!mapsB[head()]);
     const i = query(), j = key(), say2 = (v) => (v ? ` · ${i} → ${j}: ${num(v[i * F + j] / 255)}` : "");
-    matrixA.update(mapsA[head()], F, top, i, j, `${a && !lost ? "Pixel A" : "All pixels"}, head ${head()}${say2(mapsA[head()])}`);
-    matrixB.update(mapsB[head()], F, top, i, j, `Pixel B, head ${head()}${say2(mapsB[head()])}`);
+    matrixA.update(mapsA[head()], F, top, i, j, `${a && !lost ? "Pixel A" : "All pixels"}${say2(mapsA[head()])}`);
+    matrixB.update(mapsB[head()], F, top, i, j, `Pixel B${say2(mapsB[head()])}`);
     if (headRow.children.length !== heads.length)
       headRow.replaceChildren(...heads.map((k) => h("button", { type: "button", role: "radio", class: "thumb", onclick: () => set({ head: k }) }, h("canvas"), h("canvas"), h("span"))));
     heads.forEach((k) => {
@@ -430,7 +431,9 @@ function render({ model, el }) {
     return mapsA[head()];
   }
   function drawHeads() {
-    const m = get("measure"), o = get("order");
+    const m = get("measure"), o = get("order"), now = `${m} ${o} ${stepIndex()} ${layerIndex()} ${head()}`;
+    if (drawn.heads === now) return;                                          // a hover changes nothing here
+    drawn.heads = now;
     const value = (t) => score(t.l, t.k);
     const sorted = o === "network" ? tiles : [...tiles].sort((a, b) => (o === "rising" ? value(a) - value(b) : value(b) - value(a)) || a.l - b.l || a.k - b.k);
     if (sorted.some((t, n) => grid.children[n] !== t.button)) grid.replaceChildren(...sorted.map((t) => t.button));
@@ -516,20 +519,19 @@ function render({ model, el }) {
     result.replaceChildren(
       row("before", (c, i) => paintFrame(c, film, i, H, W)), row("after", (c, i) => paintFrame(c, after, i, H, W)),
       row("change", (c, i) => paint(c, apart.slice(i * H * W, (i + 1) * H * W), H, W, 0, most)),
-      h("div", { class: "line numbers" }, h("div", {}, h("p", { class: "big" }, `${num(sum(each) / F, 1)} %`), h("p", { class: "hint" }, `of full brightness: the mean change of a pixel with ${nameRun(switches)}. The brightest spot of the third strip changed by ${num(most / 2.55, 0)} %.`)),
+      h("div", { class: "line numbers" }, h("div", {}, h("p", { class: "big" }, `${num(sum(each) / F, sum(each) / F < 1 ? 2 : 1)} %`), h("p", { class: "hint" }, `of full brightness: the mean change of a pixel with ${nameRun(switches)}. The brightest spot of the third strip changed by ${num(most / 2.55, 0)} %.`)),
         small("map before", before), ...(changed ? [small("map after", changed)] : []), h("p", { class: "hint" }, `${layer().label}, head ${head()}, mean over all pixels, at this step.`)));
-    say(`With ${nameRun(switches)} a pixel changes by ${num(sum(each) / F, 1)} percent on average.`);
+    say(`With ${nameRun(switches)} a pixel changes by ${num(sum(each) / F, 2)} percent on average.`);
   }
   function drawKnown() {
     const cards = (get("presets") || []).map((p) => {
       const show = (title, values) => { if (!values) return null; const c = h("canvas"); paint(c, values.flat(), values.length, values[0].length, p.low ?? 0, p.high); return h("figure", { class: "small" }, c, h("figcaption", {}, title)); };
       return h("article", { class: "card", "data-preset": p.name }, h("div", { class: "title" }, p.title, h("b", { class: p.passed ? "pass" : "fail" }, p.passed ? "✓ pass" : "✗ fail")),
-        h("p", {}, p.text), h("div", { class: "line" }, show("expected", p.expected), show(p.expected ? "measured" : "its map, of any kind", p.measured)), h("p", { class: "hint" }, p.verdict));
+        h("p", {}, p.text), h("div", { class: "line" }, show("expected", p.expected), show(p.expected ? "measured" : "its own map", p.measured)), h("p", { class: "hint" }, p.verdict));
     });
     knownPanel.replaceChildren(h("div", { class: "cards" }, cards), h("div", { class: "line again" }, h("button", { type: "button", disabled: !live, onclick: () => { model.send({ ask: "presets" }); say("Checking."); } }, "Check again"),
       h("p", { class: "hint" }, live ? "Runs the three checks in the kernel." : "Checked when this page was written; checking again needs a kernel.")));
   }
-  const drawn = {};
   function draw() {
     const panel = get("panel"), s = stepIndex();
     layerSelect.value = layer().name; slider.value = s;
@@ -598,7 +600,7 @@ const CSS = `
 .attention-explorer header { display: flex; justify-content: space-between; align-items: end; gap: 16px; flex-wrap: wrap; margin-bottom: 14px; }
 .attention-explorer .name { font-size: 20px; font-weight: 600; line-height: 1.25; }
 .attention-explorer .label, .attention-explorer .hint { color: var(--muted); font-size: 12.5px; }
-.attention-explorer .title { font-size: 13px; font-weight: 600; margin-bottom: 6px; white-space: nowrap; }
+.attention-explorer .title { font-size: 13px; font-weight: 600; margin-bottom: 6px; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
 .attention-explorer .value { min-width: 2.5ch; text-align: center; font-size: 13px; white-space: nowrap; }
 .attention-explorer .field { display: flex; flex-direction: column; gap: 4px; }
 .attention-explorer .line { display: flex; align-items: center; gap: 8px; flex-wrap: wrap; }
@@ -626,7 +628,7 @@ const CSS = `
 .attention-explorer .frame b { font-weight: 400; } .attention-explorer .frame .n { color: var(--muted); font-size: 11px; }
 .attention-explorer .frame.asks { outline: 2px solid var(--fg); outline-offset: 2px; } .attention-explorer .frame.asks .n { color: var(--fg); font-weight: 700; }
 .attention-explorer .locked .frame.asks { outline-width: 3px; } .attention-explorer .frame:focus-visible { outline: 3px solid var(--ring); }
-.attention-explorer .main { display: grid; grid-template-columns: 232px minmax(0, 1fr) 284px; gap: 18px 26px; align-items: start; }
+.attention-explorer .main { display: grid; grid-template-columns: 232px auto minmax(280px, 1fr); gap: 18px 26px; align-items: start; }
 .attention-explorer .stage { position: relative; width: 232px; border-radius: 6px; overflow: hidden; cursor: crosshair; border: 1px solid var(--line); }
 .attention-explorer .stage > * { position: absolute; inset: 0; height: 100%; }
 .attention-explorer .heat { opacity: 0.72; }
@@ -636,7 +638,7 @@ const CSS = `
 .attention-explorer .pixel span { position: absolute; top: 1px; left: 1px; background: #000; color: #fff; font: 700 11px/14px system-ui, sans-serif; padding: 0 3px; border-radius: 0 0 3px 0; }
 .attention-explorer .scale { display: flex; align-items: center; gap: 8px; font-size: 12px; color: var(--muted); margin: 6px 0 2px; white-space: nowrap; }
 .attention-explorer .ramp { flex: 1; height: 8px; max-width: 150px; border-radius: 4px; background: linear-gradient(to right, #440154, #3b528b, #21918c, #5ec962, #fde725); }
-.attention-explorer .pair { display: grid; gap: 14px; grid-template-columns: minmax(0, 330px); } .attention-explorer .pair.two { grid-template-columns: repeat(2, minmax(0, 265px)); } .attention-explorer .scale.indent { padding-left: 18px; }
+.attention-explorer .pair { display: grid; gap: 14px; grid-template-columns: minmax(0, 1fr); width: 330px; } .attention-explorer .pair.two { grid-template-columns: repeat(2, minmax(0, 1fr)); width: 530px; } .attention-explorer .scale.indent { padding-left: 18px; }
 .attention-explorer .axes { display: grid; grid-template-columns: 18px 1fr; }
 .attention-explorer .axes .y { writing-mode: vertical-rl; transform: rotate(180deg); text-align: center; font-size: 11.5px; color: var(--muted); }
 .attention-explorer .axes .x { grid-column: 2; display: flex; justify-content: space-between; font-size: 11.5px; color: var(--muted); padding-top: 2px; }
@@ -644,7 +646,7 @@ const CSS = `
 .attention-explorer .plot .row, .attention-explorer .plot .cell { position: absolute; pointer-events: none; }
 .attention-explorer .plot .row { left: 0; right: 0; border: 2px solid #fff; box-shadow: 0 0 0 1.5px #000, inset 0 0 0 1px #000; border-radius: 2px; }
 .attention-explorer .plot .cell { border: 2px solid #fff; box-shadow: 0 0 0 1.5px #000; }
-.attention-explorer .headrow { display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 6px; max-width: 340px; }
+.attention-explorer .headrow { display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 6px; max-width: 420px; }
 .attention-explorer .thumb { padding: 5px 5px 2px; display: grid; grid-auto-flow: row; gap: 3px; justify-items: center; } .attention-explorer .thumb canvas { border-radius: 2px; }
 .attention-explorer .thumb span { font-size: 12px; } .attention-explorer .thumb[aria-checked="true"] { border-color: var(--accent); background: color-mix(in srgb, var(--accent) 16%, var(--bg)); font-weight: 700; }
 .attention-explorer .summary { background: var(--soft); border-radius: 8px; padding: 9px 13px; margin: 14px 0 16px; min-height: 3.9em; }
@@ -656,7 +658,7 @@ const CSS = `
 @container (min-width: 1000px) { .attention-explorer .tiles.square { grid-template-columns: repeat(var(--layers), minmax(0, 1fr)); } }
 .attention-explorer .tile { padding: 4px; display: block; text-align: left; font-size: 10.5px; line-height: 1.3; border-color: transparent; } .attention-explorer .tile canvas { border-radius: 2px; margin-bottom: 3px; }
 .attention-explorer .tile b { font-size: 12.5px; font-weight: 600; } .attention-explorer .tile span { color: var(--muted); font-weight: 400; display: block; white-space: nowrap; overflow: hidden; }
-.attention-explorer .chart { margin-top: 16px; max-width: 340px; } .attention-explorer .chart svg { width: 100%; } .attention-explorer text { fill: var(--muted); font-size: 10.5px; }
+.attention-explorer .chart { margin-top: 16px; max-width: 420px; } .attention-explorer .chart svg { width: 100%; } .attention-explorer text { fill: var(--muted); font-size: 10.5px; }
 .attention-explorer polyline { fill: none; stroke: var(--muted); stroke-width: 1; opacity: 0.6; } .attention-explorer polyline.mine { stroke: var(--accent); stroke-width: 2.6; opacity: 1; }
 .attention-explorer circle { fill: var(--accent); } .attention-explorer line.base { stroke: var(--line); } .attention-explorer line.now { stroke: var(--fg); stroke-dasharray: 3 3; }
 .attention-explorer .stages { display: grid; grid-template-columns: repeat(5, minmax(0, 1fr)); gap: 12px; margin: 10px 0; }
@@ -673,6 +675,7 @@ const CSS = `
 .attention-explorer .card .title { display: flex; justify-content: space-between; margin-bottom: 2px; } .attention-explorer .card p { margin: 2px 0 8px; } .attention-explorer .fail { text-decoration: underline; }
 .attention-explorer .help { max-width: 74ch; } .attention-explorer .help p { margin: 0 0 9px; }
 .attention-explorer .sr { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
+@container (max-width: 1040px) { .attention-explorer .main { grid-template-columns: 200px minmax(0, 1fr) 232px; } .attention-explorer .stage { width: 200px; } .attention-explorer .pair, .attention-explorer .pair.two { width: 100%; max-width: 530px; } .attention-explorer .pair:not(.two) { max-width: 330px; } }
 @container (max-width: 900px) { .attention-explorer .stages { grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); } }
 @container (max-width: 760px) { .attention-explorer .main { grid-template-columns: 1fr; } .attention-explorer .strip:not(.plain) { grid-template-columns: repeat(8, minmax(0, 1fr)); row-gap: 12px; } }
 `;

@@ -20,7 +20,7 @@ from PIL import Image
 
 import animatediff_lit.attention_maps as attention_maps
 from animatediff_lit.attention_maps import AttentionExplorer, answer_follow, answer_layer, attention_weights, explore_attention, in_bytes
-from animatediff_lit.attention_maps import known_cards, layer_label, record_attention, reply, run_key, spread
+from animatediff_lit.attention_maps import known_cards, layer_label, record_attention, reply_to, run_key, spread
 from animatediff_lit.pipeline import AnimationPipeline
 
 PROMPT, OPTIONS = "a red star moving left", dict(num_inference_steps=4, guidance_scale=2.0, seed=0, progress=False)
@@ -131,10 +131,10 @@ def test_some_pixels_only(pipe, tmp_path):
     assert "pixels=[(0, 0)]" in sentence(lambda: one.answer("follow/0/0/0/0/0"))
 
 
-def test_recording_and_clip_must_belong_together(made):
+def test_recording_and_clip_must_belong_together(made, pipe):
     short = type(made.video)(made.video.frames[:9])
     assert "9 frames" in sentence(lambda: AttentionExplorer(made.recording, short))
-    with record_attention(torch.nn.Identity()) as empty: pass
+    with record_attention(pipe) as empty: pass
     assert "temporal" in sentence(lambda: AttentionExplorer(empty, made.video))
 
 
@@ -177,7 +177,7 @@ def test_run_key_is_that_of_the_script():
 def test_messages_are_answered(explorer, monkeypatch):
     sent = []
     monkeypatch.setattr(explorer, "send", lambda content, buffers=None: sent.append((content, buffers)))
-    for key in ("layer/0/1", "layer/99/1", "run/{}", "nonsense"): reply(explorer, key)
+    for key in ("layer/0/1", "layer/99/1", "run/{}", "nonsense"): reply_to(explorer, key)
     (good, data), *bad = sent
     assert good["key"] == "layer/0/1" and data[0] == explorer.answer("layer/0/1")[1]
     assert [content["key"] for content, _ in bad] == ["layer/99/1", "run/{}", "nonsense"] and all("error" in content for content, _ in bad)
@@ -306,6 +306,11 @@ STEP = """(async by => {
 })"""
 
 
+def patience() -> float:
+    "1 on a machine that is free; where more processes want to run than there are cores, each waits for the others that much longer."
+    return max(1.0, os.getloadavg()[0] / os.cpu_count()) if hasattr(os, "getloadavg") else 1.0
+
+
 def test_page_is_quick(browser, html, capsys):
     context = browser.new_context(offline=True)
     opened = []
@@ -316,8 +321,8 @@ def test_page_is_quick(browser, html, capsys):
     page.locator(".stage").click()                              # with a pixel, a step needs that step's own data
     steps = page.evaluate(STEP + "([0, 1, 2, 3, 0, 3, 1])")
     context.close()
-    with capsys.disabled(): print(f"\n  explorer page: {html.stat().st_size / 1e6:.1f} MB, opens in {min(opened):.2f} s, a step in {steps[len(steps) // 2]:.0f} ms (at most {steps[-1]:.0f})")
-    assert min(opened) < 2 and steps[len(steps) // 2] < 150
+    with capsys.disabled(): print(f"\n  explorer page: {html.stat().st_size / 1e6:.1f} MB, opens in {min(opened):.2f} s, a step in {steps[len(steps) // 2]:.0f} ms (at most {steps[-1]:.0f}); load {patience():.1f}")
+    assert min(opened) < 2 * patience() and steps[len(steps) // 2] < 150 * patience()
     assert html.stat().st_size < 6e6
 
 
@@ -427,7 +432,7 @@ def test_stored_runs(page):
     panel = page.get_by_role("tabpanel", name="What if")
     assert "need a kernel" in panel.inner_text() and page.get_by_role("button", name="Run again").is_disabled()
     panel.get_by_role("button", name="no position encoding").click(); settle(page)
-    assert panel.locator(".strip canvas").count() == 48 and re.search(r"\d\.\d %", panel.inner_text())
+    assert panel.locator(".strip canvas").count() == 48 and re.search(r"\d\.\d+ %", panel.inner_text())
     assert panel.get_by_role("button", name="Drop the position encoding").get_attribute("aria-pressed") == "true"
 
 
@@ -455,14 +460,19 @@ def test_every_control_has_a_name_and_is_reached_by_tab(page):
     assert any(s.startswith("Frame 8,") and "Arrow" in s for s in seen) and any(s.startswith("Matrix") for s in seen)
 
 
+def shade(page) -> list[list[int]]:
+    "Red, green and blue of the ground and of the writing."
+    css = page.evaluate("(() => { const s = getComputedStyle(document.querySelector('.attention-explorer')); return [s.backgroundColor, s.color] })()")
+    return [[int(n) for n in re.findall(r"\d+", c)[:3]] for c in css]
+
+
 def test_dark_theme_is_dark(browser, html):
     shades = {}
     for scheme in ("light", "dark"):
         context = browser.new_context(color_scheme=scheme, offline=True)
         page = context.new_page()
         page.goto(html.as_uri()); page.wait_for_selector(".attention-explorer[data-ready=true]")
-        css = page.evaluate("(() => { const s = getComputedStyle(document.querySelector('.attention-explorer')); return [s.backgroundColor, s.color] })()")
-        shades[scheme] = [sum(map(int, re.findall(r"\d+", c)[:3])) / 3 for c in css]
+        shades[scheme] = [sum(rgb) / 3 for rgb in shade(page)]
         context.close()
     assert shades["light"][0] > 200 > 80 > shades["light"][1] and shades["dark"][0] < 60 < 200 < shades["dark"][1]
 
@@ -519,8 +529,8 @@ def test_widget_in_jupyterlab(lab, browser, capsys):
     page.locator(".stage").click(position={"x": 130, "y": 130}); settle(page)
     assert "pixel (4, 4)" in words(page)
     steps = page.evaluate(STEP + "([0, 1, 2, 0, 2, 1])")
-    with capsys.disabled(): print(f"\n  explorer in JupyterLab: a step in {steps[len(steps) // 2]:.0f} ms (at most {steps[-1]:.0f})")
-    assert steps[len(steps) // 2] < 150
+    with capsys.disabled(): print(f"\n  explorer in JupyterLab: a step in {steps[len(steps) // 2]:.0f} ms (at most {steps[-1]:.0f}); load {patience():.1f}")
+    assert steps[len(steps) // 2] < 150 * patience()
     page.get_by_role("tab", name="Follow one number").click()
     page.wait_for_selector(".verdict.ok")
     page.locator(".plot").first.focus(); page.keyboard.press("ArrowDown"); settle(page)
@@ -538,6 +548,10 @@ def test_widget_in_jupyterlab(lab, browser, capsys):
     page.evaluate("() => { window.ran = null; jupyterapp.commands.execute('notebook:run-cell').then(() => window.ran = true) }")
     page.wait_for_function("window.ran", timeout=30_000)
     assert "[4, 4] True" in page.locator(".jp-Cell").nth(2).inner_text(), "what the reader clicked did not reach Python"
+    page.evaluate("jupyterapp.commands.execute('apputils:change-theme', { theme: 'JupyterLab Dark' })")
+    page.wait_for_function("document.body.dataset.jpThemeLight === 'false'")
+    page.wait_for_function("getComputedStyle(document.querySelector('.attention-explorer')).colorScheme === 'dark'")
+    assert sum(shade(page)[0]) < 180 < 3 * 180 < sum(shade(page)[1])
     if shots := os.environ.get("EXPLORER_SHOTS"): page.locator(".attention-explorer").screenshot(path=f"{shots}/lab.png")
     context.close()
     assert not outside, f"the browser asked for {outside}"
