@@ -35,8 +35,8 @@ PINS = {r.name.lower(): r.specifier for r in map(Requirement, re.findall(r"^[^#\
 # What Google Colab has installed: googlecolab/backend-info, snapshot of 2026-08-19.
 COLAB = {"torch": "2.11.0", "diffusers": "0.39.0", "transformers": "5.15", "accelerate": "1.14.0", "numpy": "2.1.3", "matplotlib": "3.10.0",
          "ipywidgets": "7.7.1", "pillow": "11.3", "einops": "0.8.2", "imageio-ffmpeg": "0.6.0"}
-# Not in our excerpt of that list. mediapy is not there at all; Colab's diffusers, transformers and accelerate bring the others.
-UNLISTED = {"mediapy", "safetensors", "tokenizers", "tqdm", "packaging", "psutil"}
+# Not in our excerpt of that list. anywidget and mediapy are not there at all; Colab's diffusers, transformers and accelerate bring the others.
+UNLISTED = {"anywidget", "mediapy", "safetensors", "tokenizers", "tqdm", "packaging", "psutil"}
 
 
 def command(*args, **kwargs) -> str:
@@ -104,6 +104,7 @@ def wheel(source, tmp_path_factory) -> Path:
 def test_wheel_holds_everything(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     want = {p.relative_to(ROOT).as_posix() for p in PACKAGE.rglob("*.py")}
+    want |= {p.relative_to(ROOT).as_posix() for p in PACKAGE.glob("*.js")}
     want |= {p.relative_to(ROOT).as_posix() for p in NANO.rglob("*") if p.is_file()}
     want |= {f"animatediff_lit/weights/nano/{part}" for part in ("model_index.json", "unet/config.json", "motion_adapter/config.json", "vae/config.json")}
     assert not want - names, f"missing in the wheel: {sorted(want - names)}"
