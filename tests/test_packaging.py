@@ -35,8 +35,8 @@ PINS = {r.name.lower(): r.specifier for r in map(Requirement, re.findall(r"^[^#\
 # What Google Colab has installed: googlecolab/backend-info, snapshot of 2026-08-19.
 COLAB = {"torch": "2.11.0", "diffusers": "0.39.0", "transformers": "5.15", "accelerate": "1.14.0", "numpy": "2.1.3", "matplotlib": "3.10.0",
          "ipywidgets": "7.7.1", "pillow": "11.3", "einops": "0.8.2", "imageio-ffmpeg": "0.6.0"}
-# Not in our excerpt of that list. mediapy is not there at all; Colab's diffusers and transformers bring the other three.
-UNLISTED = {"mediapy", "safetensors", "tokenizers", "tqdm"}
+# Not in our excerpt of that list. anywidget and mediapy are not there; Colab's diffusers, transformers and accelerate bring the others.
+UNLISTED = {"anywidget", "mediapy", "psutil", "safetensors", "tokenizers", "tqdm"}
 
 
 def command(*args, **kwargs) -> str:
