@@ -328,7 +328,7 @@ function chart(name, setOpen) {
   const read = make("div", { className: "mx-read" });
   let now, view, width, place = null, hover = null;      // what the slider and the pointer are at; null: the peak
   peak.addEventListener("click", () => setOpen());
-  steps.addEventListener("input", () => { place = Number(steps.value); point(); });
+  steps.addEventListener("input", () => { place = Number(steps.value); hover = null; point(); });
   plot.addEventListener("pointerleave", () => { hover = null; point(); });
   plot.addEventListener("pointermove", e => {
     const i = Math.floor((e.clientX - plot.getBoundingClientRect().left - LEFT) / (width - LEFT - RIGHT) * now.places.length);
@@ -411,7 +411,8 @@ function treemap(name) {
         el.setAttribute("aria-hidden", true);
       }
       for (const b of squarify(g.item.rows, g.x + (head ? 2 : 0), g.y + (head ? head + 1 : 0), g.w - (head ? 4 : 0), g.h - (head ? head + 3 : 0))) {
-        const row = b.item, text = b.w > 46 && b.h > 15 ? `${row.kind === "activations" ? row.shape || row.name : row.kind} ${size(row.bytes)}` : "";
+        const row = b.item, what = row.kind === "activations" ? row.shape || row.name : row.kind;
+        const text = b.w > 84 && b.h > 32 ? `${what} ${size(row.bytes)}` : b.w > 58 && b.h > 15 ? size(row.bytes) : "";
         const el = put(map, b, row.kind, text), i = boxes.push({ el, row }) - 1;
         el.setAttribute("role", "option");
         el.setAttribute("aria-label", tell(row));
