@@ -15,8 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from animatediff_lit.memory import CARDS, RESERVE, SETTING, SHIPPED, TRAINED, MemoryExplorer, check_setting, estimate_memory, forecast, frames_that_fit, judge
-from animatediff_lit.memory import law, marking_primes, memory_book, memory_laws, options_of, power_of, shape_law, structure, variant_key
+from animatediff_lit.memory import CARDS, RESERVE, SETTING, TRAINED, MemoryExplorer, estimate_memory, forecast, frames_that_fit, judge
+from animatediff_lit.memory import law, marking_primes, memory_book, memory_laws, options_of, power_of, shape_law, variant_key
 from animatediff_lit.unet import UNet3DConditionModel
 from browser import browser, lab  # noqa: F401  (fixtures)
 
@@ -246,7 +246,7 @@ def test_keyboard_alone(page):
     control(page, "frames").focus()
     page.keyboard.press("ArrowRight")
     assert "17 frames" in words(page)
-    steps = page.get_by_label("go through the modules")
+    steps = page.get_by_label("Setting A: go through the modules")
     steps.focus(); page.keyboard.press("End")
     assert page.locator(".mx-a .mx-where").inner_text() == "conv_out" and "conv_out" in steps.get_attribute("aria-valuetext")
     page.locator(".mx-a .mx-peak").focus(); page.keyboard.press("Enter")
@@ -265,13 +265,13 @@ def test_treemap_holds_what_is_alive(page, explorer):
     explorer.a = {**explorer.a, "training": True, "optimizer": "sgd"}
     page.locator(".mx-a .mx-peak").click()
     found, options = explorer.forecast(), page.get_by_role("option")
-    assert options.count() == len(found.alive) and found.moments[found.peak_at].name in page.locator(".mx-a .mx-map + *, .mx-a h4").first.inner_text()
+    assert options.count() == len(found.alive) and found.moments[found.peak_at].name in page.locator(".mx-a h4").inner_text()
     box = page.locator(".mx-a .mx-map").bounding_box()
     boxes = [option.bounding_box() for option in options.all()]
     assert all(b["x"] >= box["x"] - 1 and b["y"] >= box["y"] - 1 and b["x"] + b["width"] <= box["x"] + box["width"] + 2 and b["y"] + b["height"] <= box["y"] + box["height"] + 2 for b in boxes)
     share = boxes[0]["width"] * boxes[0]["height"] / (box["width"] * box["height"])
     assert abs(share - max(b.bytes for b in found.alive) / found.peak) < 0.04, "areas are not in proportion"
-    page.get_by_text("The same as a table").click()
+    page.locator(".mx-a").get_by_text("The same as a table").click()
     assert page.locator(".mx-a details table tbody tr").count() == len(found.alive)
     page.locator(".mx-a .mx-peak").click()
     assert page.locator(".mx-a .mx-map").is_hidden()
