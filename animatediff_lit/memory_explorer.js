@@ -23,9 +23,9 @@ const STYLE = `
 .mx h3 { font-size: 17px; } .mx h4 { font-size: 14px; }
 .mx p { margin: 0; }
 .mx button, .mx select, .mx input { font: inherit; color: inherit; }
-.mx button.mx-b { background: var(--mx-raised); border: 1px solid var(--mx-line); border-radius: 6px; padding: 3px 10px; cursor: pointer; }
-.mx button.mx-b[aria-pressed=true] { border-color: var(--mx-accent); box-shadow: inset 0 0 0 1px var(--mx-accent); }
-.mx button.mx-b:disabled { opacity: .55; cursor: default; }
+.mx button.mx-button { background: var(--mx-raised); border: 1px solid var(--mx-line); border-radius: 6px; padding: 3px 10px; cursor: pointer; }
+.mx button.mx-button[aria-pressed=true] { border-color: var(--mx-accent); box-shadow: inset 0 0 0 1px var(--mx-accent); }
+.mx button.mx-button:disabled { opacity: .55; cursor: default; }
 .mx :focus-visible { outline: 2px solid var(--mx-accent); outline-offset: 2px; }
 .mx select { background: var(--mx-raised); border: 1px solid var(--mx-line); border-radius: 6px; padding: 2px 6px; max-width: 100%; }
 .mx input[type=range], .mx input[type=checkbox] { accent-color: var(--mx-accent); margin: 0; }
@@ -432,7 +432,7 @@ function side(book, key, app) {
   const name = key.toUpperCase();
   const panel = controls(book, name, (k, v) => app.change(key, k, v)), plot = chart(name, () => app.toggle(key)), map = treemap(name);
   const big = make("div", { className: "mx-big" }), cards = make("table"), words = make("p", { className: "mx-summary" });
-  const ask = make("button", { className: "mx-b", type: "button" }, "Ask the kernel"), answer = make("span");
+  const ask = make("button", { className: "mx-button", type: "button" }, "Ask the kernel"), answer = make("span");
   const exact = make("div", { className: "mx-exact" }, ask, " ", answer);
   answer.setAttribute("role", "status");
   words.setAttribute("aria-live", "polite");
@@ -469,7 +469,7 @@ function side(book, key, app) {
 }
 
 function exercise(book, app) {
-  const e = book.exercise, start = make("button", { className: "mx-b", type: "button" }, "Set it up in A"), result = make("p", { className: "mx-verdict" });
+  const e = book.exercise, start = make("button", { className: "mx-button", type: "button" }, "Set it up in A"), result = make("p", { className: "mx-verdict" });
   result.setAttribute("role", "status");
   start.addEventListener("click", () => app.set("a", { ...e.start }));
   const box = make("section", { className: "mx-exercise" }, make("h4", {}, "Exercise"), make("p", {}, e.text), start, result);
@@ -501,7 +501,7 @@ function render({ model, el }) {
     },
   };
   const root = make("div", { className: "mx" }), sides = { a: side(book, "a", app), b: side(book, "b", app) };
-  const compare = make("button", { className: "mx-b", type: "button" }, "Compare two settings"), task = book.exercise ? exercise(book, app) : null;
+  const compare = make("button", { className: "mx-button", type: "button" }, "Compare two settings"), task = book.exercise ? exercise(book, app) : null;
   compare.addEventListener("click", () => app.set("b", Object.keys(model.get("b")).length ? {} : { ...model.get("a") }));
   const both = make("div", { className: "mx-sides" }, sides.a.box, sides.b.box);
   root.append(make("style", {}, STYLE), make("div", { className: "mx-head" }, make("h3", {}, "Where the memory goes"), compare), both);

@@ -251,7 +251,7 @@ def test_keyboard_alone(page):
     assert page.locator(".mx-a .mx-where").inner_text() == "conv_out" and "conv_out" in steps.get_attribute("aria-valuetext")
     page.locator(".mx-a .mx-peak").focus(); page.keyboard.press("Enter")
     assert page.locator(".mx-a .mx-peak").get_attribute("aria-expanded") == "true"
-    page.get_by_role("option").first.focus()
+    page.locator(".mx-a .mx-map [role=option]").first.focus()
     told = page.locator(".mx-a .mx-told")
     seen = [told.inner_text()]
     for _ in range(3): page.keyboard.press("ArrowRight"); seen.append(told.inner_text())
@@ -264,7 +264,7 @@ def test_treemap_holds_what_is_alive(page, explorer):
     choose(page, "training", True); choose(page, "optimizer", "sgd")
     explorer.a = {**explorer.a, "training": True, "optimizer": "sgd"}
     page.locator(".mx-a .mx-peak").click()
-    found, options = explorer.forecast(), page.get_by_role("option")
+    found, options = explorer.forecast(), page.locator(".mx-a .mx-map [role=option]")
     assert options.count() == len(found.alive) and found.moments[found.peak_at].name in page.locator(".mx-a h4").inner_text()
     box = page.locator(".mx-a .mx-map").bounding_box()
     boxes = [option.bounding_box() for option in options.all()]
@@ -368,7 +368,7 @@ def test_widget_in_jupyterlab(lab, browser, capsys):  # noqa: F811
     with capsys.disabled(): print(f"\n  memory explorer in JupyterLab: opens in {opened:.2f} s, a step in {steps[3]:.0f} ms (at most {steps[-1]:.0f})")
     assert steps[3] < 150
     control(page, "frames").focus(); page.keyboard.press("ArrowLeft")
-    assert "23 frames" in words(page), "JupyterLab took the arrow key for itself"
+    page.wait_for_function("document.querySelector('.mx-a .mx-summary').textContent.includes('23 frames')", timeout=10_000)      # and JupyterLab does not take the key
     choose(page, "training", True)
     page.get_by_role("button", name="Ask the kernel").click()
     page.wait_for_function("document.querySelector('.mx-exact').innerText.includes('the same')")
