@@ -979,7 +979,7 @@ def still_figure(explorer: MemoryExplorer) -> Figure:
         draw_setting(ax, explorer.book, setting)
     return figure
 
-# %% ../nbs/12_memory.ipynb #d90506ea
+# %% ../nbs/12_memory.ipynb #eed8f11f
 def draw_setting(ax: Any, book: Mapping[str, Any], setting: Mapping[str, Any]) -> None:
     "One setting into one pair of axes."
     found, unit = forecast(book, setting), 2 ** 30
@@ -994,6 +994,7 @@ def draw_setting(ax: Any, book: Mapping[str, Any], setting: Mapping[str, Any]) -
             ax.text(1.01, line, f"{card}: {frames or 'no'} frames", transform=ax.get_yaxis_transform(), va="center", fontsize=7)
     ax.set(xlabel="module by module, in order", ylabel="GiB", title=f"{setting['frames']} frames, {setting['size']} pixels, {variant_key(setting)}")
     ax.title.set_fontsize(9)
+    ax.set_ylim(0, max(ax.get_ylim()[1], 1.12 * found.peak / unit))
     ax.legend(fontsize=7, loc="upper left")
 
 # %% ../nbs/12_memory.ipynb #672a2d8f
