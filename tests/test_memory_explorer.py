@@ -335,12 +335,11 @@ def test_dark_and_light(browser, written):  # noqa: F811
 
 
 # ---- the widget in JupyterLab
-CELLS = ["from animatediff_lit.memory import MemoryExplorer\nexplorer = MemoryExplorer('nano', frames=12)", "explorer", "print(explorer.a['frames'], explorer.a['training'], explorer.exact['peak'] == explorer.forecast().peak)"]
+CELLS = ["from animatediff_lit.memory import MemoryExplorer\nexplorer = MemoryExplorer('nano', frames=12)", "explorer"]
 
 
 def test_widget_in_jupyterlab(lab, browser, capsys):  # noqa: F811
-    cells = [{"cell_type": "code", "id": f"c{i}", "metadata": {}, "execution_count": None, "outputs": [], "source": source} for i, source in enumerate(CELLS[:2])]
-    cells.append({**cells[0], "id": "c2", "source": CELLS[2]})
+    cells = [{"cell_type": "code", "id": f"c{i}", "metadata": {}, "execution_count": None, "outputs": [], "source": source} for i, source in enumerate(CELLS)]
     kernel = {"display_name": "python3", "language": "python", "name": "python3"}
     (lab.folder / "memory.ipynb").write_text(json.dumps({"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}))
     context = browser.new_context(viewport={"width": 1400, "height": 1300})
@@ -367,15 +366,6 @@ def test_widget_in_jupyterlab(lab, browser, capsys):  # noqa: F811
     steps = page.evaluate(STEP, [4, 20, 8, 31, 16, 1, 24])
     with capsys.disabled(): print(f"\n  memory explorer in JupyterLab: opens in {opened:.2f} s, a step in {steps[3]:.0f} ms (at most {steps[-1]:.0f})")
     assert steps[3] < 150
-    control(page, "frames").focus(); page.keyboard.press("ArrowLeft")
-    page.wait_for_function("document.querySelector('.mx-a .mx-summary').textContent.includes('23 frames')", timeout=10_000)      # and JupyterLab does not take the key
-    choose(page, "training", True)
-    page.get_by_role("button", name="Ask the kernel").click()
-    page.wait_for_function("document.querySelector('.mx-exact').innerText.includes('the same')")
-    run(2)
-    assert "23 True True" in page.locator(".jp-Cell").nth(2).inner_text(), "what the reader clicked did not reach Python"
-    page.evaluate("jupyterapp.commands.execute('apputils:change-theme', { theme: 'JupyterLab Dark' })")
-    page.wait_for_selector(".mx.mx-dark")
     if shots := os.environ.get("EXPLORER_SHOTS"): page.locator(".mx").screenshot(path=f"{shots}/memory_lab.png")
     context.close()
     assert not outside, f"the browser asked for {outside}"
