@@ -563,10 +563,10 @@ def place_of(layer: str) -> str:
     head, *rest = layer.split(".")
     return f"{head.removesuffix('_blocks')} {rest[0]}" if head.endswith("_blocks") else "mid" if head == "mid_block" else ""
 
-# %% ../nbs/12_memory.ipynb #7ac82606
+# %% ../nbs/12_memory.ipynb #e4d50be1
 def memory_figure(found: MemoryEstimate) -> Figure:
     "The kinds of memory, stacked, over the layers in the order in which they run; the peak is marked."
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    figure = Figure(figsize=(9, 3.2), layout="constrained", dpi=64)
     ax, x = figure.subplots(), range(len(found.moments))
     shades = [str(grey) for grey in (0.25, 0.5, 0.7, 0.88)]
     ax.stackplot(x, *[[getattr(m, kind) / 2 ** 30 for m in found.moments] for kind in KINDS], labels=KINDS, colors=shades, step="mid")
