@@ -22,7 +22,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=" + cfg["min_python"],
     packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
-    package_data={cfg["lib_path"]: ["weights/**/*", "*.js"]},
+    package_data={cfg["lib_path"]: ["weights/**/*", "*.js", "*.json"]},
     include_package_data=False,
     install_requires=split(cfg["requirements"]),
     extras_require={"dev": split(cfg["dev_requirements"])},
