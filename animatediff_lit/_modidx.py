@@ -366,6 +366,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                         'animatediff_lit/custom_motion.py'),
                                                'animatediff_lit.custom_motion.TemporalConv.forward': ( 'custom_motion.html#temporalconv.forward',
                                                                                                        'animatediff_lit/custom_motion.py'),
+                                               'animatediff_lit.custom_motion.as_before': ( 'custom_motion.html#as_before',
+                                                                                            'animatediff_lit/custom_motion.py'),
                                                'animatediff_lit.custom_motion.as_factory': ( 'custom_motion.html#as_factory',
                                                                                              'animatediff_lit/custom_motion.py'),
                                                'animatediff_lit.custom_motion.assess': ( 'custom_motion.html#assess',
