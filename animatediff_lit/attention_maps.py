@@ -31,6 +31,24 @@ __all__ = ['KINDS', 'MEASURES', 'KNOWN', 'PAGE', 'SELECTION', 'attention_weights
            'check_choice', 'ExplorerState', 'first_choice', 'AttentionExplorer', 'run_again', 'known_cards',
            'answer_key', 'reply_to', 'mime_bundle', 'explore_attention']
 
+# %% ../nbs/11_attention_maps.ipynb #0d1fe0fc
+import base64
+import io
+import json
+import os
+import zlib
+from html import escape
+from pathlib import Path
+import anywidget
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+from traitlets import Any as AnyValue
+from traitlets import Bool, Bytes, Dict, Int, List, Unicode, observe, validate
+import animatediff_lit
+from .pipeline import first_line
+from .video import Video, png, write_whole
+
 # %% ../nbs/11_attention_maps.ipynb #6367c943
 def attention_weights(q: Tensor, k: Tensor) -> Tensor:
     "softmax(q kᵀ / √d) in float32: `(..., s, d)` and `(..., n, d)` -> `(..., s, n)`; every row sums to 1."
@@ -68,7 +86,8 @@ def attention_layers(network: nn.Module, kinds: Sequence[str] = KINDS, layers: S
 
     An unknown kind, no such attention, or a fragment that fits no name raises a ValueError.
     """
-    kinds, layers = ([v] if isinstance(v, str) else v for v in (kinds, layers))
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    layers = [layers] if isinstance(layers, str) else layers
     for kind in kinds:
         if kind not in KINDS: raise ValueError(f"{kind!r} is no kind of attention: use some of {', '.join(KINDS)}.")
     found = {name or "attention": m for name, m in network.named_modules() if isinstance(m, Attention) and kind_of(name, m) in kinds}
@@ -82,7 +101,11 @@ def attention_layers(network: nn.Module, kinds: Sequence[str] = KINDS, layers: S
 class Watch:
     "Where a network is: its `step`, counted in new timesteps, the `size` (f, h, w) that came in, and the `shape` (b, f, h, w) further inside."
 
-    def __init__(self): self.step, self.runs, self.time, self.size, self.shape = -1, 0, None, None, None
+    def __init__(self) -> None:
+        self.step, self.runs = -1, 0
+        self.time: float | None = None
+        self.size: tuple[int, ...] = ()
+        self.shape: tuple[int, ...] = ()
 
     def call(self, network: nn.Module, args: tuple, kwargs: dict) -> None:
         time, x = None, args[0] if args else kwargs.get("sample")
@@ -154,8 +177,9 @@ def summarise(kind: str, q: Tensor, k: Tensor, distance: Tensor | None, weigh: C
     for s, r in tiles(many, heads, queries, keys):
         weights = weigh(q[s, :, r], k[s])
         rows[:, s, :, r] = row_measures(weights, None if distance is None else distance[r])
+        if mean is None: continue
         if kind == "temporal": mean += weights.sum(0) / many
-        if kind == "cross": mean[s, r] = weights.mean(1)
+        else: mean[s, r] = weights.mean(1)
     return rows, mean
 
 # %% ../nbs/11_attention_maps.ipynb #fd9ef37b
@@ -179,7 +203,7 @@ class Tape:
         self.seen: dict[tuple[str, int], LayerRecord] = {}
         self.times: dict[int, float | None] = {}
         self.tokens: list[str] = []
-        self.size: tuple[int, int, int] | None = None
+        self.size: tuple[int, ...] = ()
 
     def cells(self, h: int, w: int) -> list[int]:
         "The pixels asked for, as numbers in a layer of this height and width."
@@ -198,7 +222,7 @@ class Tape:
 # %% ../nbs/11_attention_maps.ipynb #75376825
 def check_call(tape: Tape, watch: Watch) -> None:
     "A ValueError or RuntimeError if what comes in is no clip, lacks a pixel that was asked for, or belongs to a second sampling."
-    if watch.size is None or watch.shape is None: raise ValueError("Only clips (batch, channels, frames, height, width) can be recorded: give such a tensor.")
+    if not watch.size or not watch.shape: raise ValueError("Only clips (batch, channels, frames, height, width) can be recorded: give such a tensor.")
     if watch.runs: raise RuntimeError("A recording holds one sampling, and a second one began: open a new record_attention for it.")
     tape.size, (_, h, w) = watch.size, watch.size
     for y, x in tape.pixels or ():
@@ -208,7 +232,7 @@ def check_call(tape: Tape, watch: Watch) -> None:
 def take_note(tape: Tape, watch: Watch, name: str, q: Tensor, k: Tensor, weigh: Callable) -> None:
     "Write down one attention of the clip in hand, if its step was asked for and is new."
     check_call(tape, watch)
-    kind, step, (_, f, h, w) = tape.kinds[name], watch.step, watch.shape
+    kind, step, (h, w) = tape.kinds[name], watch.step, watch.shape[2:]
     if (name, step) in tape.seen or (tape.wanted is not None and step not in tape.wanted): return
     q, k = last_clip(kind, q.detach(), k.detach(), watch.shape)
     if tape.chosen is not None:
@@ -262,7 +286,8 @@ class Recording(Tape):
 # %% ../nbs/11_attention_maps.ipynb #4a61be56
 def mean_map(recording: Recording, layer: str, step: int) -> Tensor:
     "Who looks at whom, the mean over all pixels of a temporal layer: `(heads, frames, frames)`."
-    if recording.kind(layer) == "temporal": return recording.at(layer, step).mean
+    mean = recording.at(layer, step).mean
+    if recording.kind(layer) == "temporal" and mean is not None: return mean
     raise ValueError(f"{layer} is {recording.kind(layer)}-attention and has no map of frames: name a temporal layer.")
 
 def scalar(recording: Recording, layer: str, step: int, measure: str) -> Tensor:
@@ -317,8 +342,9 @@ def recorder(recording: Recording, watch: Watch, name: str, attend: Callable) ->
     def listening(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         take_note(recording, watch, name, q, k, getattr(attend, "weights", attention_weights))     # a changed attention says how it weighs now
         return attend(q, k, v)
-    listening.records = True
-    return listening
+    ear: Any = listening
+    ear.records = True
+    return ear
 
 def listener(recording: Recording, pipe: AnimationPipeline) -> Callable:
     "`pipe.encode_prompt` with an ear for the first prompt."
@@ -358,7 +384,7 @@ def record_attention(model: AnimationPipeline | nn.Module, kinds: Sequence[str] 
     with ExitStack() as stack:
         watch = stack.enter_context(watching(network))
         for name, attention in chosen.items(): stack.enter_context(replaced(attention, "attend", recorder(recording, watch, name, attention.attend)))
-        if network is not model: stack.enter_context(replaced(model, "encode_prompt", listener(recording, model)))
+        if not isinstance(model, nn.Module): stack.enter_context(replaced(model, "encode_prompt", listener(recording, model)))
         yield recording
     missing = sorted(set(steps or ()) - set(recording.steps))
     if missing: raise ValueError(f"Steps {missing} were asked for, and the sampling had only steps 0 to {watch.step}: ask for those.")
@@ -366,9 +392,10 @@ def record_attention(model: AnimationPipeline | nn.Module, kinds: Sequence[str] 
 # %% ../nbs/11_attention_maps.ipynb #07e6257c
 def places_of(recording: Recording, word: str | int) -> list[int]:
     "The positions of a word in the prompt, or the one position given."
-    if is_whole(word):
-        places = [word] if 0 <= word < next(r.mean.shape[-1] for (name, _), r in recording.seen.items() if recording.kinds[name] == "cross") else []
-    else: places = [i for i, token in enumerate(recording.tokens) if token == word.lower()]
+    if isinstance(word, str): places = [i for i, token in enumerate(recording.tokens) if token == word.lower()]
+    else:
+        many = next(r.mean.shape[-1] for (name, _), r in recording.seen.items() if recording.kinds[name] == "cross" and r.mean is not None)
+        places = [word] if is_whole(word) and 0 <= word < many else []
     if places: return places
     raise ValueError(f"{word!r} is not in the prompt: its tokens are {' '.join(recording.tokens) or 'not known, so give a position'}.")
 
@@ -384,7 +411,7 @@ def word_map(recording: Recording, word: str | int, step: int | None = None, lay
     places, maps = places_of(recording, word), []
     for name in names:
         records = [recording.at(name, s) for s in (recording.steps if step is None else [step])]
-        heat = torch.stack([r.mean[..., places].sum(-1).unflatten(-1, r.grid) for r in records]).mean(0)
+        heat = torch.stack([r.mean[..., places].sum(-1).unflatten(-1, r.grid) for r in records if r.mean is not None]).mean(0)
         maps.append(heat if layer else nn.functional.interpolate(heat[None], recording.size[1:], mode="nearest")[0])
     return torch.stack(maps).mean(0)
 
@@ -462,7 +489,7 @@ def intervene(model: AnimationPipeline | nn.Module, shuffle_frames: Sequence[int
     reweigh = window is not None or temperature != 1.0
     with ExitStack() as stack:
         watch = stack.enter_context(watching(network)) if steps is not None else None
-        active = (lambda: True) if watch is None else (lambda: watch.step in steps)
+        def active() -> bool: return watch is None or steps is None or watch.step in steps
         for name, a in everything.items():
             ours = (window, temperature) if reweigh and isinstance(a, TemporalAttention) else (None, 1.0)
             if ours != (None, 1.0) or name in zeroed: stack.enter_context(replaced(a, "attend", ChangedAttend(a.attend, active, *ours, zeroed.get(name, []))))
@@ -529,24 +556,6 @@ def known_answer(name: str, frames: int = 16, size: int = 8) -> KnownAnswer:
     if name not in KNOWN: raise ValueError(f"{name!r} is no known answer: use one of {', '.join(KNOWN)}.")
     return known_dot(frames, size) if name == "dot" else known_module(name, frames, size)
 
-# %% ../nbs/11_attention_maps.ipynb #0d1fe0fc
-import base64
-import io
-import json
-import os
-import zlib
-from html import escape
-from pathlib import Path
-import anywidget
-import numpy as np
-from matplotlib.figure import Figure
-from PIL import Image
-from traitlets import Any as AnyValue
-from traitlets import Bool, Bytes, Dict, Int, List, Unicode, observe, validate
-import animatediff_lit
-from .pipeline import first_line
-from .video import Video, png, write_whole
-
 # %% ../nbs/11_attention_maps.ipynb #d63b944b
 def in_bytes(weights: Tensor) -> np.ndarray:
     "Weights from 0 to 1 in 256 steps, uint8, in the same shape."
@@ -604,8 +613,8 @@ def answer_follow(recording: Recording, layer: int, step: int, y: int, x: int, h
     "The queries and then the keys of a pixel, `(2, frames, d)`, float32; rows and columns are the layer's own."
     name = frame_layers(recording)[layer]
     record = recording.at(name, step)
-    pixel = tuple(-(-n * side // own) for n, side, own in zip((y, x), recording.size[1:], record.grid))
-    cell = cell_of(recording, record, pixel)
+    (height, width), (h, w) = recording.size[1:], record.grid
+    cell = cell_of(recording, record, (-(-y * height // h), -(-x * width // w)))
     numbers = torch.stack([part[cell, head] for part in record.kept])
     return dict(width=numbers.shape[-1]), numbers.numpy().astype("<f4").tobytes()
 
@@ -741,7 +750,7 @@ def page_pixels(explorer: AttentionExplorer) -> list[list[int]]:
 def page_store(explorer: AttentionExplorer, steps: list[int]) -> tuple[dict, bytes]:
     "Where each key's bytes are, and all bytes one after the other."
     at = [explorer.recording.steps.index(s) for s in steps]
-    found = {"film": ({}, explorer.film), "means": ({}, explorer.base.means[at].tobytes())}
+    found: dict[str, tuple[dict, bytes]] = {"film": ({}, explorer.film), "means": ({}, explorer.base.means[at].tobytes())}
     for key in page_keys(explorer, steps):
         try: found[key] = explorer.answer(key)
         except ValueError: continue                                                     # a pixel that was not recorded
@@ -788,7 +797,7 @@ def check_choice(explorer: AttentionExplorer, name: str, value: Any) -> Any:
         if value is None: return None
         if len(value) == 2 and all(isinstance(n, int) and 0 <= n < most for n, most in zip(value, (h, w))): return list(value)
         raise ValueError(f"{name} is {value!r}: give (row, column) of the latents, from (0, 0) to ({h - 1}, {w - 1}), or None.")
-    choices = dict(layer=frame_layers(recording), step=recording.steps, frame=frames, key_frame=frames, measure=list(MEASURES),
+    choices: dict[str, list[Any]] = dict(layer=frame_layers(recording), step=recording.steps, frame=frames, key_frame=frames, measure=list(MEASURES),
                    order=["network", "rising", "falling"], panel=["heads", "follow", "what", "known", "help"])
     if explorer.layer: choices["head"] = list(recording_heads(explorer))
     if value in choices.get(name, [value]): return value
@@ -800,7 +809,9 @@ class ExplorerState(anywidget.AnyWidget):
     _esm_file = Path(animatediff_lit.__file__).parent / "attention_explorer.js"
     _esm = _esm_file
     info, film, means = Dict().tag(sync=True), Bytes().tag(sync=True), Bytes().tag(sync=True)
-    live, runs, presets = Bool(True).tag(sync=True), List().tag(sync=True), List().tag(sync=True)
+    live = Bool(True).tag(sync=True)
+    runs: List[str] = List().tag(sync=True)
+    presets: List[dict[str, Any]] = List().tag(sync=True)
     layer, head, step = Unicode().tag(sync=True), Int().tag(sync=True), Int().tag(sync=True)
     pixel, other = AnyValue(None).tag(sync=True), AnyValue(None).tag(sync=True)                       # (row, column) of the latents
     frame, key_frame, locked = Int().tag(sync=True), Int().tag(sync=True), Bool(False).tag(sync=True)
@@ -818,7 +829,7 @@ def first_choice(recording: Recording) -> dict[str, Any]:
     "Where an explorer opens: halfway through the steps and the frames, at the head that looks the least far."
     step, frame = recording.steps[len(recording.steps) // 2], recording.frames // 2
     scores = {(name, head): v for name in frame_layers(recording) for head, v in enumerate(recording.score(name, step, "reach").tolist())}
-    layer, head = min(scores, key=scores.get)
+    layer, head = min(scores, key=lambda place: scores[place])
     return dict(layer=layer, head=head, step=step, frame=frame, key_frame=frame)
 
 # %% ../nbs/11_attention_maps.ipynb #ff7a60fd
@@ -830,7 +841,8 @@ class AttentionExplorer(ExplorerState):
     """
 
     def __init__(self, recording: Recording, video: Video, rerun: Callable | None = None, **choices: Any):
-        self.recording, self.video, self.rerun, self.done = recording, video, rerun, {}
+        self.recording, self.video, self.rerun = recording, video, rerun
+        self.done: dict[str, Run] = {}
         self.base = Run(video, all_mean_maps(recording))
         super().__init__(info=describe(recording, video), film=video.frames.tobytes(), means=self.base.means.tobytes(), presets=known_cards(),
                          **first_choice(recording) | choices)
@@ -838,8 +850,10 @@ class AttentionExplorer(ExplorerState):
 
     def matrix(self, pixel: Sequence[int] | None = None, head: int | None = None) -> Tensor:
         "The chosen layer, step and head: who looks at whom at a pixel, or on the mean over all, `(frames, frames)`."
-        maps = self.recording.mean_map(self.layer, self.step) if pixel is None else self.recording.maps(self.layer, self.step, tuple(pixel))
-        return maps[self.head if head is None else head]
+        head = self.head if head is None else head
+        if pixel is None: return self.recording.mean_map(self.layer, self.step)[head]
+        y, x = pixel
+        return self.recording.maps(self.layer, self.step, (y, x))[head]
 
     @property
     def summary(self) -> str: return summary_of(self)
