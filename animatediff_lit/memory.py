@@ -48,6 +48,22 @@ __all__ = ['KINDS', 'ROWS', 'SLICE', 'ATTENTION', 'CHECKPOINTED', 'OPTIMIZERS', 
            'MemoryExplorer', 'in_words', 'still_figure', 'draw_setting', 'still_png', 'page', 'bundle',
            'MemoryEfficientAttention']
 
+# %% ../nbs/12_memory.ipynb #c970b76c
+import base64
+import html
+import io
+import json
+import os
+from collections.abc import Mapping
+from itertools import product
+from operator import mul
+import anywidget
+import animatediff_lit
+import matplotlib.pyplot as plt
+import numpy as np
+import traitlets
+from .video import write_whole
+
 # %% ../nbs/12_memory.ipynb #9c51ba91
 def human(size: float) -> str:
     "A number of bytes for people, in powers of 1024."
@@ -116,9 +132,11 @@ class MemoryEstimate:
     alive: list[Block] = field(default_factory=list, repr=False)
     title: str = "memory"
     ledger: Ledger | None = field(default=None, repr=False, compare=False)
+    learned: int = field(default=0, repr=False)      # of all gradients; the last ones come after the fullest moment of their visit
 
     def __post_init__(self) -> None:
         self.parameters, self.gradients, self.optimizer, self.activations = (max(getattr(m, kind) for m in self.moments) for kind in KINDS)
+        self.gradients = max(self.gradients, self.learned)
         self.total = self.parameters + self.gradients + self.optimizer + self.activations
         self.timeline = [(m.name, m.bytes) for m in self.moments]
         self.peak = max(m.bytes for m in self.moments)
@@ -137,7 +155,10 @@ class MemoryEstimate:
 class Ledger:
     "What came and went: `blocks`, and in order the `events` (number of the block, +1 or -1, number of the visit), with the name of each of the `visits`."
 
-    def __init__(self) -> None: self.blocks, self.events, self.visits = [], [], ["start"]
+    def __init__(self) -> None:
+        self.blocks: list[Block] = []
+        self.events: list[tuple[int, int, int]] = []
+        self.visits = ["start"]
 
     def visit(self, name: str) -> None: self.visits.append(name)
 
@@ -167,7 +188,7 @@ class Ledger:
             fullest[visit] = max(fullest[visit], (sum(now.values()), *now.values()))
             if sum(now.values()) > top: top, at = sum(now.values()), n
         moments = [Moment(self.visits[visit], *numbers) for visit, numbers in fullest.items()]
-        return MemoryEstimate(moments, self.after(at), title, self)
+        return MemoryEstimate(moments, self.after(at), title, self, sum(b.bytes for b in self.blocks if b.kind == "gradients"))
 
 # %% ../nbs/12_memory.ipynb #31aa84c1
 class Watcher(TorchDispatchMode):
@@ -175,7 +196,8 @@ class Watcher(TorchDispatchMode):
 
     def __init__(self, ledger: Ledger):
         super().__init__()
-        self.ledger, self.known = ledger, {}
+        self.ledger = ledger
+        self.known: dict[int, tuple[ref, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -202,7 +224,7 @@ def tensors_in(*things: Any) -> list[Tensor]:
 # %% ../nbs/12_memory.ipynb #a885e46f
 def profiled(prof: profile) -> Iterator[tuple[str, int, int]]:
     "What the profiler saw, in the order of time: (name, 0, 0) for our own marks, ('', bytes, address) for what the CPU's allocator did."
-    found, waiting = [], [*prof.profiler.kineto_results.experimental_event_tree()]
+    found, waiting = [], [*prof.profiler.kineto_results.experimental_event_tree()]  # type: ignore[union-attr]
     while waiting:
         event = waiting.pop()
         waiting += event.children
@@ -253,7 +275,7 @@ def run_once(model: nn.Module, inputs: tuple, kwargs: dict, backward: bool, anno
         out = model(*inputs, **kwargs)
         if not backward: return
         announce("loss")
-        sum(t.float().square().mean() for t in tensors_in(out) if t.requires_grad).backward()
+        sum(t.float().square().mean() for t in tensors_in(out) if t.requires_grad).backward()  # type: ignore[union-attr]
 
 # %% ../nbs/12_memory.ipynb #e1cd5a57
 def opened(model: nn.Module, inputs: Any) -> tuple[Ledger, Watcher]:
@@ -334,7 +356,7 @@ def fused_on_meta() -> Iterator[None]:
     real, fused = F.scaled_dot_product_attention, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     def choose(q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return fused(q, *args[:2])[0] if q.is_meta else real(q, *args, **kwargs)
-    F.scaled_dot_product_attention = choose
+    F.scaled_dot_product_attention = choose  # type: ignore[assignment]
     try: yield
     finally: F.scaled_dot_product_attention = real
 
@@ -432,9 +454,9 @@ def example_inputs(unet: UNet3DConditionModel, frames: int, height: int, width: 
     def draw(*shape: int) -> Tensor: return torch.randn(shape, generator=g, device="cpu").to(like)
     widths, cfg = unet.config.cross_attention_dim, unet.config
     inputs = draw(batch, cfg.in_channels, frames, height, width), 500, draw(batch, tokens, widths[-1] if isinstance(widths, tuple) else widths)
-    if unet.add_embedding is None: return inputs, {}
-    pooled = cfg.projection_class_embeddings_input_dim - 6 * cfg.addition_time_embed_dim
-    return inputs, {"added_cond_kwargs": {"text_embeds": draw(batch, pooled), "time_ids": draw(batch, 6)}}
+    both, each = cfg.projection_class_embeddings_input_dim, cfg.addition_time_embed_dim
+    if both is None or each is None: return inputs, {}
+    return inputs, {"added_cond_kwargs": {"text_embeds": draw(batch, both - 6 * each), "time_ids": draw(batch, 6)}}
 
 # %% ../nbs/12_memory.ipynb #fafb709c
 class Decoder(nn.Module):
@@ -463,7 +485,7 @@ def add_low_rank(unet: nn.Module, rank: int) -> None:
     unet.requires_grad_(False)
     for attention in [m for m in unet.modules() if isinstance(m, TemporalAttention)]:
         for name in ("to_q", "to_k", "to_v"): setattr(attention, name, LowRank(getattr(attention, name), rank))
-        attention.to_out[0] = LowRank(attention.to_out[0], rank)
+        attention.to_out[0] = LowRank(attention.to_out[0], rank)  # type: ignore[arg-type]
 
 # %% ../nbs/12_memory.ipynb #1530a229
 OPTIMIZERS = {"adamw": 2, "sgd": 0, None: 0}         # numbers kept for each number that learns
@@ -637,20 +659,22 @@ def optimize_memory_usage(model: UNet3DConditionModel | AnimationPipeline, check
     if not isinstance(unet, UNet3DConditionModel):
         raise TypeError(f"optimize_memory_usage takes a UNet3DConditionModel or an AnimationPipeline; this is a {type(unet).__name__}.")
     check_switches(attention, feed_forward)
-    coder, report, side = getattr(model, "vae", None), Report(), unet.config.sample_size or 16
+    coder: Any = getattr(model, "vae", None)
+    report, side = Report(), unet.config.sample_size or 16
+    how, chunk = attention or "fused", feed_forward or 0              # both leave everything as it is
     inputs, kwargs = (inputs, {}) if inputs else example_inputs(unet, min(8, unet.config.motion_max_seq_length), side, side)
     tasks = tasks_of(unet, coder, inputs, kwargs) if measure else {}
     plan = [("checkpointing", checkpointing, ["training step"], lambda: switch_checkpointing(unet, report)),
-            (f"attention {attention}", ATTENTION.get(attention), ["call", "training step"], lambda: switch_attention(unet, attention, report)),
-            ("chunked feed-forward", feed_forward, ["call", "training step"], lambda: switch_feed_forward(unet, feed_forward, report)),
+            (f"attention {how}", ATTENTION[how], ["call", "training step"], lambda: switch_attention(unet, how, report)),
+            ("chunked feed-forward", chunk, ["call", "training step"], lambda: switch_feed_forward(unet, chunk, report)),
             ("chunked autoencoder", vae and coder is not None, ["decoding"], lambda: report.set(coder, "use_slicing", True))]
     now = {name: task() for name, task in tasks.items()}
     for switch, wanted, names, do in plan:
         if not wanted: continue
         do()
         for name in [name for name in names if name in tasks]:
-            before, now[name] = now[name], tasks[name]()
-            report.savings.append(Saving(switch, name, *[v for pair in zip(before, now[name]) for v in pair]))
+            (before, seconds), now[name] = now[name], tasks[name]()
+            report.savings.append(Saving(switch, name, before, now[name][0], seconds, now[name][1]))
     if show: print(report)
     return report
 
@@ -671,22 +695,6 @@ def most_frames(card_bytes: int, model: str | UNet3DConditionModel | AnimationPi
         else: high, above = guess, found
     return low
 
-# %% ../nbs/12_memory.ipynb #c970b76c
-import base64
-import html
-import io
-import json
-import os
-from collections.abc import Mapping
-from itertools import product
-from operator import mul
-import anywidget
-import animatediff_lit
-import matplotlib.pyplot as plt
-import numpy as np
-import traitlets
-from .video import write_whole
-
 # %% ../nbs/12_memory.ipynb #bc986d7c
 def power_of(prime: int, number: int) -> int:
     "How many times `prime` divides `number`."
@@ -695,7 +703,7 @@ def power_of(prime: int, number: int) -> int:
     return times
 
 # %% ../nbs/12_memory.ipynb #a81d3a0c
-def marking_primes(unet: nn.Module, tokens: int = 77) -> tuple[int, int]:
+def marking_primes(unet: UNet3DConditionModel, tokens: int = 77) -> tuple[int, int]:
     "Two primes that divide no width of the network: a number of frames that it can take, and a side. A ValueError if there are none."
     widths = {side for p in unet.parameters() for side in p.shape} | {tokens}
     free = [p for p in (17, 13, 11, 7, 19, 23, 29, 31) if not any(width % p == 0 for width in widths)]
@@ -752,7 +760,8 @@ def alive_after(ledger: Ledger, event: int, primes: tuple[int, int], keep: int =
     there = dict.fromkeys(i for i, sign, _ in ledger.events[:event + 1] if sign > 0)
     for i, sign, _ in ledger.events[:event + 1]:
         if sign < 0: del there[i]
-    blocks, groups = [ledger.blocks[i] for i in there if ledger.blocks[i].kind == "activations"], {}
+    blocks = [ledger.blocks[i] for i in there if ledger.blocks[i].kind == "activations"]
+    groups: dict[tuple, list[Any]] = {}
     for block in sorted(blocks, key=lambda block: -block.bytes):
         key = block[:4]
         if key not in groups and len(groups) >= keep: key = (block.name, (), "", 0)
@@ -773,6 +782,7 @@ def variant(model: Any, names: dict[str, int], primes: tuple[int, int], cell: in
 
     A place is [name, [peak or -1, gradients, factors ...] ...]. Names are numbers in `names`, which is added to."""
     ledger = estimate_memory(model, primes[0], primes[1] * cell, primes[1] * cell, optimizer=None, **options).ledger
+    assert ledger is not None, "an estimate by tracing has its ledger"
     number = lambda name: names.setdefault(name, len(names))
     laws, visits = running_laws(ledger, primes), np.array([visit for *_, visit in ledger.events])
     best, peaks = fullest(laws, visits, frames, cells)
@@ -781,8 +791,8 @@ def variant(model: Any, names: dict[str, int], primes: tuple[int, int], cell: in
     return {"parameters": int(laws[:, 0].max()), "gradients": int(laws[:, 1].max()), "places": places, "alive": alive}
 
 # %% ../nbs/12_memory.ipynb #976968a4
-TRAINED = {"everything": {"training": True}, "motion modules": {"training": "motion"}}
-SETTING = {"frames": 16, "size": 512, "dtype": "float16", "attention": "fused", "guidance": True, "training": False, "checkpointing": False,
+TRAINED: dict[str, dict[str, Any]] = {"everything": {"training": True}, "motion modules": {"training": "motion"}}
+SETTING: dict[str, Any] = {"frames": 16, "size": 512, "dtype": "float16", "attention": "fused", "guidance": True, "training": False, "checkpointing": False,
            "trained": "everything", "optimizer": "adamw"}
 
 def kind_of_run(setting: Mapping[str, Any]) -> dict[str, Any]:
@@ -830,7 +840,7 @@ def forecast(book: Mapping[str, Any], setting: Mapping[str, Any]) -> MemoryEstim
         size, peak, gradients = max((gradients + round(sum(map(mul, factors, grow))), peak, gradients) for peak, gradients, *factors in rows)
         moments.append(Moment(part["names"][name], kind["parameters"] + size, kind["parameters"], gradients, 0, size - gradients))
         at.append(peak)
-    found = MemoryEstimate(moments)
+    found = MemoryEstimate(moments, learned=kind["gradients"])
     found.alive = alive_blocks(part["names"], kind["alive"], at[found.peak_at], moments[found.peak_at], grow)
     return with_optimizer(found, setting["optimizer"]) if setting["training"] else found
 

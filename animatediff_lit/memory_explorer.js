@@ -506,7 +506,10 @@ function render({ model, el }) {
   const both = make("div", { className: "mx-sides" }, sides.a.box, sides.b.box);
   root.append(make("style", {}, STYLE), make("div", { className: "mx-head" }, make("h3", {}, "Where the memory goes"), compare), both);
   if (task) root.append(task.box);
-  root.dataset.lmSuppressShortcuts = "true";      // arrow keys are ours here, not JupyterLab's
+  // Arrow keys are ours here, not JupyterLab's. It respects the attribute only where a shortcut's selector names something around the
+  // root; those that name the focused element itself (`:focus`) match before it gets there, so the key ends here as well.
+  root.dataset.lmSuppressShortcuts = "true";
+  root.addEventListener("keydown", e => { if (!e.ctrlKey && !e.metaKey) e.stopPropagation(); });
   el.append(root);
 
   let width = 0;

@@ -335,7 +335,8 @@ def test_dark_and_light(browser, written):  # noqa: F811
 
 
 # ---- the widget in JupyterLab
-CELLS = ["from animatediff_lit.memory import MemoryExplorer\nexplorer = MemoryExplorer('nano', frames=12)", "explorer"]
+CELLS = ["from animatediff_lit.memory import MemoryExplorer\nexplorer = MemoryExplorer('nano', frames=12)", "explorer",
+         "print(explorer.a['frames'], explorer.a['training'], explorer.exact['peak'] == explorer.forecast().peak)"]
 
 
 def test_widget_in_jupyterlab(lab, browser, capsys):  # noqa: F811
@@ -366,6 +367,15 @@ def test_widget_in_jupyterlab(lab, browser, capsys):  # noqa: F811
     steps = page.evaluate(STEP, [4, 20, 8, 31, 16, 1, 24])
     with capsys.disabled(): print(f"\n  memory explorer in JupyterLab: opens in {opened:.2f} s, a step in {steps[3]:.0f} ms (at most {steps[-1]:.0f})")
     assert steps[3] < 150
+    control(page, "frames").focus(); page.keyboard.press("ArrowLeft")
+    page.wait_for_function("document.querySelector('.mx-a .mx-summary').textContent.includes('23 frames')", timeout=10_000)      # and JupyterLab does not take the key
+    choose(page, "training", True)
+    page.get_by_role("button", name="Ask the kernel").click()
+    page.wait_for_function("document.querySelector('.mx-exact').innerText.includes('the same')")
+    run(2)
+    assert "23 True True" in page.locator(".jp-Cell").nth(2).inner_text(), "what the reader clicked did not reach Python"
+    page.evaluate("jupyterapp.commands.execute('apputils:change-theme', { theme: 'JupyterLab Dark' })")
+    page.wait_for_selector(".mx.mx-dark")
     if shots := os.environ.get("EXPLORER_SHOTS"): page.locator(".mx").screenshot(path=f"{shots}/memory_lab.png")
     context.close()
     assert not outside, f"the browser asked for {outside}"
