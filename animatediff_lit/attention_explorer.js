@@ -362,7 +362,8 @@ function render({ model, el }) {
   } }, tabs);
   names.forEach((p) => { panelOf[p].setAttribute("role", "tabpanel"); panelOf[p].setAttribute("aria-label", PANELS[p]); });
 
-  const root = h("section", { class: "attention-explorer", "aria-label": `Attention explorer: ${info.caption}`, "data-lm-suppress-shortcuts": "true" },
+  const root = h("section", { class: "attention-explorer", "aria-label": `Attention explorer: ${info.caption}`, "data-lm-suppress-shortcuts": "true",
+    onkeydown: (event) => { if (!event.ctrlKey && !event.metaKey) event.stopPropagation(); } },    // a shortcut for `:focus` does not see the attribute
     h("style", {}, CSS),
     h("header", {}, h("div", {}, h("div", { class: "label" }, "Attention explorer"), h("div", { class: "name" }, info.caption || "a clip")),
       h("div", { class: "label" }, `${F} frames · ${layers.length} layers · ${steps.length} steps · ${live ? "with a kernel" : "stored page"}`)),
