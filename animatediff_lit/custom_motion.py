@@ -12,8 +12,9 @@ import math
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 import numpy as np
 import safetensors.torch
 import torch
@@ -24,6 +25,7 @@ from .debugging import draw, fingerprint, reroll, same
 from .evaluation import generate, grid, judge, summary, table
 from .motion import MotionContext, MotionModule, TemporalTransformerBlock
 from .pipeline import AnimationPipeline, first_line
+from .spatial import PixelLinear
 from .training import (LatentClips, Recipe, captions_of, denoising_loss, encode_clips, fit,
                                       nano_schedule, render_clips, step_generator)
 from .unet import VideoLayers, VideoUNet, time_codes
@@ -33,10 +35,10 @@ from .video import Scene, draw_scenes, write_whole
 __all__ = ['FAULTS', 'MOTION_MODULES', 'NO_MOTION', 'JUDGED', 'wants', 'call_motion', 'lacks', 'motion_faults',
            'register_motion_module', 'standard_module', 'check_width', 'CustomMotionModule', 'TemporalConv',
            'motion_sites', 'choose_sites', 'CustomWrapper', 'Envelope', 'seal', 'unseal', 'send_time',
-           'check_motion_module', 'as_factory', 'unet_of', 'integrate_custom_module', 'custom_modules', 'freeze_rest',
-           'custom_state_dict', 'save_custom', 'load_custom', 'count', 'matched_size', 'contestants', 'train_custom',
-           'seconds_per_step', 'encode_scenes', 'clip_errors', 'interval', 'assess', 'race_table', 'run_once',
-           'plan_race', 'run_race', 'write_record', 'main']
+           'check_motion_module', 'as_factory', 'unet_of', 'integrate_custom_module', 'custom_modules', 'as_before',
+           'freeze_rest', 'custom_state_dict', 'save_custom', 'load_custom', 'count', 'matched_size', 'contestants',
+           'train_custom', 'seconds_per_step', 'encode_scenes', 'clip_errors', 'interval', 'assess', 'race_table',
+           'run_once', 'plan_race', 'run_race', 'write_record', 'main']
 
 # %% ../nbs/16_custom_motion.ipynb #8378b856
 def wants(module: nn.Module) -> list[str]:
@@ -161,7 +163,7 @@ class TemporalConv(nn.Module):
         self.conv_in = nn.Conv1d(in_channels, hidden_dim, kernel_size, padding=kernel_size // 2)
         self.conv = nn.Conv1d(hidden_dim, hidden_dim, kernel_size, padding=kernel_size // 2)
         self.proj_out = nn.Conv1d(hidden_dim, in_channels, 1)
-        nn.init.zeros_(self.proj_out.weight); nn.init.zeros_(self.proj_out.bias)
+        for p in self.proj_out.parameters(): nn.init.zeros_(p)
 
     def forward(self, x: Tensor) -> Tensor:
         check_width(x, self.conv_in.in_channels)
@@ -173,7 +175,7 @@ class TemporalConv(nn.Module):
 def motion_sites(unet: VideoUNet) -> dict[str, int]:
     "The sites of the motion modules of a UNet and their widths, in the order of its layers."
     blocks = [(name, block) for name, block in unet.named_modules() if isinstance(block, VideoLayers)]
-    return {f"{name}.motion_modules.{i}": block.resnets[i].conv2.out_channels
+    return {f"{name}.motion_modules.{i}": len(block.resnets[i].get_parameter("conv2.weight"))
             for name, block in blocks for i in range(len(block.motion_modules or ()))}
 
 # %% ../nbs/16_custom_motion.ipynb #22701130
@@ -271,7 +273,7 @@ def integrate_custom_module(model: VideoUNet | AnimationPipeline, factory_or_mod
 
     `factory_or_module`: a name in `MOTION_MODULES`, a function or class that makes a module for a width, or a module, which goes
     to the first site itself and as copies to the others. It comes behind the module that is there, or with `replace` in its
-    place. So before training the output is exactly that of the old one, frozen alike; with `replace` at all sites, that of the
+    place. So before training the output is exactly that of the old one; with `replace` at all sites, that of the
     old one with its motion switched off. Everything but the custom modules is frozen. A site that does not exist, a module of another width,
     or, unless `trained`, one that is not the identity raises a ValueError and leaves the model as it was.
     """
@@ -286,7 +288,7 @@ def integrate_custom_module(model: VideoUNet | AnimationPipeline, factory_or_mod
         new[site] = CustomWrapper(None if replace else unet.get_submodule(site), custom.to(like.device, like.dtype))
     for site, wrapper in new.items():
         modules, i = site.rsplit(".", 1)
-        unet.get_submodule(modules)[int(i)] = wrapper.train(unet.training)
+        cast(nn.ModuleList, unet.get_submodule(modules))[int(i)] = wrapper.train(unet.training)
     send_time(unet)
     freeze_rest(model)
     return model
@@ -296,10 +298,22 @@ def custom_modules(model: VideoUNet | AnimationPipeline) -> dict[str, nn.Module]
     "The custom modules in a UNet or pipeline, by their names in the UNet."
     return {f"{name}.custom": module.custom for name, module in unet_of(model).named_modules() if isinstance(module, CustomWrapper)}
 
+# %% ../nbs/16_custom_motion.ipynb #4c0bae88
+def as_before(layer: nn.Linear | PixelLinear, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+    "Forward hook of a frozen linear layer: `out` with the bits that it had when the weight could learn."
+    x = args[0]
+    if x.ndim == 2 or x.is_contiguous(): return out
+    out = x.contiguous() @ layer.weight.flatten(1).T
+    return out if layer.bias is None else out + layer.bias.to(out.dtype)
+
+# %% ../nbs/16_custom_motion.ipynb #737dfe86
 def freeze_rest(model: VideoUNet | AnimationPipeline) -> None:
-    "Freeze every parameter of a UNet, or of all networks of a pipeline, that belongs to no custom module."
+    "Freeze every parameter of a UNet, or of all networks of a pipeline, that belongs to no custom module; what they give stays, to the last bit."
     mine = {id(p) for module in custom_modules(model).values() for p in module.parameters()}
     for network in [unet_of(model), *(getattr(model, part) for part in ("vae", "text_encoder") if hasattr(model, part))]:
+        for layer in network.modules():
+            if isinstance(layer, (nn.Linear, PixelLinear)) and layer.weight.requires_grad and id(layer.weight) not in mine:
+                layer.register_forward_hook(as_before)
         for p in network.parameters():
             if id(p) not in mine: p.requires_grad_(False)
 
@@ -350,7 +364,9 @@ def matched_size(build: Callable[[int], nn.Module], target: int, most: int = 819
 def contestants() -> dict[str, Callable[[int], nn.Module]]:
     "Factories for the three modules, all with the number of parameters of the standard one."
     def matched(build: Callable[[int, int], nn.Module]) -> Callable[[int], nn.Module]:
-        return lambda channels: build(channels, matched_size(lambda size: build(channels, size), count(standard_module(channels))))
+        @cache
+        def size(channels: int) -> int: return matched_size(lambda size: build(channels, size), count(standard_module(channels)))
+        return lambda channels: build(channels, size(channels))
     return {"standard": standard_module, "film": matched(lambda channels, size: CustomMotionModule(channels, size, num_layers=1)),
             "conv": matched(TemporalConv)}
 
@@ -434,7 +450,7 @@ def run_once(pipe: AnimationPipeline, name: str, data: LatentClips, unseen: Late
     return {"parameters": sum(map(count, custom_modules(pipe).values())), "steps": recipe.steps} | assess(pipe, unseen, **judging)
 
 # %% ../nbs/16_custom_motion.ipynb #17254325
-def plan_race(out: Path, settings: dict[str, Any], models: Mapping[str, AnimationPipeline], data: LatentClips) -> dict[str, Any]:
+def plan_race(out: Path, settings: dict[str, Any], models: Mapping[str, VideoUNet | AnimationPipeline], data: LatentClips) -> dict[str, Any]:
     "The plan in the folder `out`, made if there is none: the settings, and steps for each model. Other settings raise a ValueError."
     file = out / "plan.json"
     if not file.exists():

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from animatediff_lit.custom_motion import (FAULTS, MOTION_MODULES, CustomMotionModule, CustomWrapper, TemporalConv, contestants, count, custom_modules,
+from animatediff_lit.custom_motion import (FAULTS, MOTION_MODULES, CustomMotionModule, CustomWrapper, TemporalConv, as_before, contestants, count, custom_modules,
                                            custom_state_dict, integrate_custom_module, interval, load_custom, matched_size, motion_faults, motion_sites,
                                            race_table, register_motion_module, run_race, save_custom, standard_module)
 from animatediff_lit.motion import MotionModule
 from animatediff_lit.pipeline import AnimationPipeline
+from animatediff_lit.spatial import PixelLinear
 from animatediff_lit.training import Recipe, fit
 from animatediff_lit.unet import UNet3DConditionModel, VideoLayers
 
@@ -123,15 +124,52 @@ def test_faults_are_found(module, fault):
 
 # ---- exactly what it was
 @each_module
-@torch.no_grad()
-def test_before_training_it_is_the_old_model(factory, inputs):
-    unet = small_unet().requires_grad_(False)                   # torch.matmul takes another way, and other bits, where a gradient is wanted
-    before, still = unet(*inputs), copy.deepcopy(unet).set_motion(False)(*inputs)
-    behind, instead = integrate_custom_module(unet, factory), integrate_custom_module(unet, factory, replace=True)
-    assert torch.equal(behind(*inputs), before) and torch.equal(instead(*inputs), still) and not torch.equal(before, still)
-    shake(behind)
-    assert not torch.equal(behind(*inputs), before)
-    assert torch.equal(behind.set_motion(False)(*inputs), still) and not torch.equal(behind.set_motion(True)(*inputs), still)
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_before_training_it_is_the_old_model(factory, frozen, gradients, inputs):
+    "Also if the old one could learn: for weights that could, PyTorch multiplies in another order, which shows in the last bits."
+    unet = small_unet().requires_grad_(not frozen)
+    with torch.set_grad_enabled(gradients):
+        before, still = unet(*inputs), copy.deepcopy(unet).set_motion(False)(*inputs)
+        behind, instead = integrate_custom_module(unet, factory), integrate_custom_module(unet, factory, replace=True)
+        assert torch.equal(behind(*inputs), before) and torch.equal(instead(*inputs), still) and not torch.equal(before, still)
+        assert torch.equal(copy.deepcopy(behind)(*inputs), before)
+        shake(behind)
+        assert not torch.equal(behind(*inputs), before)
+        assert torch.equal(behind.set_motion(False)(*inputs), still) and not torch.equal(behind.set_motion(True)(*inputs), still)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 1, 8, 8), (1, 4, 4, 8, 8), (2, 4, 3, 4, 8)])
+def test_the_default_unet_and_nano_keep_their_bits(shape, nano):
+    "For the first and the last shape, freezing alone changed bits of one of them where this was written."
+    g = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    for unet, dim in ((UNet3DConditionModel().eval(), 768), (copy.deepcopy(nano.unet), 64)):
+        changed = integrate_custom_module(unet, FACTORIES["film"])
+        x = torch.randn(shape, generator=g), torch.randint(1000, shape[:1], generator=g), torch.randn(shape[0], 5, dim, generator=g)
+        with torch.no_grad(): assert torch.equal(changed(*x), unet(*x))
+        assert torch.equal(changed(*x), unet(*x))
+
+
+@pytest.mark.parametrize("layer, shape", [(nn.Linear, (3, 7)), (nn.Linear, (4, 7, 5)), (nn.Linear, (2, 4, 7, 5)), (PixelLinear, (2, 4, 7, 5)),
+                                          (lambda i, o: nn.Linear(i, o, bias=False), (2, 4, 7, 5))])
+def test_a_frozen_layer_keeps_its_bits(layer, shape):
+    for width in (8, 48, 64, 320):
+        could = layer(width, 24)
+        frozen = copy.deepcopy(could).requires_grad_(False)
+        frozen.register_forward_hook(as_before)
+        x = torch.randn(*shape[:-2], width, 3 * shape[-2]).mT
+        for y in (x, x.contiguous(), torch.randn(width, 6).mT):
+            assert torch.equal(frozen(y), could(y))
+
+
+def test_only_what_we_freeze_gets_the_hook(inputs):
+    unet = small_unet()
+    unet.mid_block.requires_grad_(False)
+    changed = integrate_custom_module(integrate_custom_module(unet, FACTORIES["film"]), FACTORIES["film"])
+    hooked = {n for n, m in changed.named_modules() if as_before in m._forward_hooks.values()}
+    assert hooked and not any(n.startswith("mid_block") or ".custom." in n for n in hooked)
+    assert all(len(changed.get_submodule(n)._forward_hooks) == 1 for n in hooked) and not any(m._forward_hooks for m in unet.modules())
 
 
 @torch.no_grad()
