@@ -6,9 +6,6 @@ import io
 import json
 import os
 import re
-import shutil
-import subprocess
-import sys
 import time
 import zlib
 from pathlib import Path
@@ -22,9 +19,11 @@ import animatediff_lit.attention_maps as attention_maps
 from animatediff_lit.attention_maps import AttentionExplorer, answer_follow, answer_layer, attention_weights, explore_attention, in_bytes
 from animatediff_lit.attention_maps import known_cards, layer_label, record_attention, reply_to, run_key, spread
 from animatediff_lit.pipeline import AnimationPipeline
+from explorers import browser, lab, lab_page, offline_page, run_cell, sentence  # noqa: F401  (two of them are fixtures)
 
 PROMPT, OPTIONS = "a red star moving left", dict(num_inference_steps=4, guidance_scale=2.0, seed=0, progress=False)
 LAYERS = 14
+READY = ".attention-explorer[data-ready=true]"
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +40,6 @@ def made(pipe) -> AttentionExplorer:
 @pytest.fixture
 def explorer(made) -> AttentionExplorer:
     return AttentionExplorer(made.recording, made.video)
-
-
-def sentence(act, kind=ValueError) -> str:
-    with pytest.raises(kind) as caught: act()
-    text = str(caught.value)
-    assert "\n" not in text and text.endswith("."), text
-    return text
 
 
 # ---- logic, without a browser
@@ -235,20 +227,6 @@ def test_page_names_no_address(explorer, tmp_path):
 
 
 # ---- in a browser
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-ARGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="the tests in a browser need the package playwright")
-    if CHROMIUM is None: pytest.skip("no chromium on the path")
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=ARGS)
-        yield browser
-        browser.close()
-
-
 @pytest.fixture(scope="module")
 def html(made, tmp_path_factory) -> Path:
     explorer = AttentionExplorer(made.recording, made.video, rerun=made.rerun, pixel=(4, 4))
@@ -258,18 +236,8 @@ def html(made, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def page(browser, html):
-    "The page as a file, the network off; nothing may be in the console in the end."
-    context = browser.new_context(viewport={"width": 1180, "height": 1000}, offline=True)
-    page, wrong = context.new_page(), []
-    page.on("console", lambda m: wrong.append(m.text) if m.type in ("error", "warning") else None)
-    page.on("pageerror", lambda e: wrong.append(str(e)))
-    page.set_default_timeout(10_000)
-    page.goto(html.as_uri())
-    page.wait_for_selector(".attention-explorer[data-ready=true]")
-    yield page
-    context.close()
-    assert not wrong, wrong
+def page(browser, html):  # noqa: F811
+    with offline_page(browser, html, READY, timeout=10_000) as page: yield page
 
 
 def pixels(page, selector: str) -> str:
@@ -280,7 +248,7 @@ def pixels(page, selector: str) -> str:
 def settle(page) -> None:
     "Wait until a change is drawn."
     page.evaluate("() => new Promise(r => requestAnimationFrame(() => requestAnimationFrame(r)))")
-    page.wait_for_selector(".attention-explorer[data-ready=true]")
+    page.wait_for_selector(READY)
 
 
 def changes(page, selector: str, act) -> None:
@@ -311,12 +279,12 @@ def patience() -> float:
     return max(1.0, os.getloadavg()[0] / os.cpu_count()) if hasattr(os, "getloadavg") else 1.0
 
 
-def test_page_is_quick(browser, html, capsys):
+def test_page_is_quick(browser, html, capsys):  # noqa: F811
     context = browser.new_context(offline=True)
     opened = []
     for _ in range(3):                                          # the best of three: other work on the machine only adds
         page, start = context.new_page(), time.perf_counter()
-        page.goto(html.as_uri()); page.wait_for_selector(".attention-explorer[data-ready=true]")
+        page.goto(html.as_uri()); page.wait_for_selector(READY)
         opened.append(time.perf_counter() - start)
     page.locator(".stage").click()                              # with a pixel, a step needs that step's own data
     steps = page.evaluate(STEP + "([0, 1, 2, 3, 0, 3, 1])")
@@ -466,12 +434,12 @@ def shade(page) -> list[list[int]]:
     return [[int(n) for n in re.findall(r"\d+", c)[:3]] for c in css]
 
 
-def test_dark_theme_is_dark(browser, html):
+def test_dark_theme_is_dark(browser, html):  # noqa: F811
     shades = {}
     for scheme in ("light", "dark"):
         context = browser.new_context(color_scheme=scheme, offline=True)
         page = context.new_page()
-        page.goto(html.as_uri()); page.wait_for_selector(".attention-explorer[data-ready=true]")
+        page.goto(html.as_uri()); page.wait_for_selector(READY)
         shades[scheme] = [sum(rgb) / 3 for rgb in shade(page)]
         context.close()
     assert shades["light"][0] > 200 > 80 > shades["light"][1] and shades["dark"][0] < 60 < 200 < shades["dark"][1]
@@ -483,76 +451,40 @@ CELLS = ["from animatediff_lit.attention_maps import explore_attention\nfrom ani
          "print(explorer.pixel, explorer.locked, explorer.summary)"]
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory, browser):
-    "The address of a JupyterLab with one small notebook, and with settings of its own."
-    pytest.importorskip("jupyterlab", reason="the widget's own test needs jupyterlab")
-    top = tmp_path_factory.mktemp("lab")
-    code = [dict(cell_type="code", id=f"cell{n}", metadata={}, source=c, outputs=[], execution_count=None) for n, c in enumerate(CELLS)]
-    kernel = dict(kernelspec=dict(name="python3", display_name="python3", language="python"))
-    (top / "explorer.ipynb").write_text(json.dumps(dict(cells=code, metadata=kernel, nbformat=4, nbformat_minor=5)))
-    settings = top / "settings" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
-    settings.parent.mkdir(parents=True); settings.write_text('{"windowingMode": "none"}')
-    env = {k: v for k, v in os.environ.items() if k != "IN_TEST"} | {"PYTHONPATH": str(Path(attention_maps.__file__).parent.parent), "JUPYTERLAB_SETTINGS_DIR": str(top / "settings")}
-    env |= {name: str(top / name) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")}
-    command = "--no-browser --allow-root --expose-app-in-browser --ip=127.0.0.1 --port=0 --IdentityProvider.token=testtoken".split()
-    with open(top / "log", "w") as log:
-        server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *command, f"--ServerApp.root_dir={top}"], env=env, cwd=top, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-    try:
-        for _ in range(240):
-            found = re.search(r"http://127\.0\.0\.1:\d+", (top / "log").read_text())
-            if found or server.poll() is not None: break
-            time.sleep(0.25)
-        assert found, (top / "log").read_text()[-2000:]
-        yield found[0]
-    finally:
-        server.terminate()
-        server.wait(20)
+def test_widget_in_jupyterlab(lab, browser, capsys):  # noqa: F811
+    with lab_page(browser, lab, CELLS, height=1200, timeout=30_000) as page:
+        run = "() => { window.ran = null; jupyterapp.commands.execute('notebook:run-all-cells').then(() => window.ran = true) }"
+        page.evaluate(run)
+        page.wait_for_selector(READY, timeout=120_000)
+        page.wait_for_function("window.ran", timeout=60_000)
+        assert page.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]').count() == 0
+        assert page.locator(".jp-OutputArea-output img:visible").count() == 0, "the still picture stands beside the widget"
 
+        page.locator(".stage").click(position={"x": 130, "y": 130}); settle(page)
+        assert "pixel (4, 4)" in words(page)
+        steps = page.evaluate(STEP + "([0, 1, 2, 0, 2, 1])")
+        with capsys.disabled(): print(f"\n  explorer in JupyterLab: a step in {steps[len(steps) // 2]:.0f} ms (at most {steps[-1]:.0f}); load {patience():.1f}")
+        assert steps[len(steps) // 2] < 150 * patience()
+        before = words(page)
+        page.get_by_label("Denoising step").focus(); page.keyboard.press("ArrowLeft"); settle(page)
+        assert words(page) != before, "JupyterLab took the slider's arrow key for itself"
+        page.get_by_role("tab", name="Follow one number").click()
+        page.wait_for_selector(".verdict.ok")
+        page.locator(".plot").first.focus(); page.keyboard.press("ArrowDown"); settle(page)
+        assert "q of frame 9" in page.locator(".chain").inner_text(), "JupyterLab took the arrow key for itself"
 
-def test_widget_in_jupyterlab(lab, browser, capsys):
-    context = browser.new_context(viewport={"width": 1400, "height": 1200})
-    page, wrong, outside = context.new_page(), [], []
-    page.on("console", lambda m: wrong.append(m.text) if m.type == "error" else None)
-    page.on("pageerror", lambda e: wrong.append(str(e)))
-    context.route(lambda url: not url.startswith((lab, "data:", "blob:")), lambda route: (outside.append(route.request.url), route.abort()))
-    page.goto(f"{lab}/doc/tree/explorer.ipynb?token=testtoken&reset")
-    page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=60_000)
-    page.evaluate("async () => { const w = jupyterapp.shell.currentWidget; await w.context.ready; await w.sessionContext.ready; await w.sessionContext.session.kernel.info }")
-    run = "() => { window.ran = null; jupyterapp.commands.execute('notebook:run-all-cells').then(() => window.ran = true) }"
-    page.evaluate(run)
-    page.wait_for_selector(".attention-explorer[data-ready=true]", timeout=120_000)
-    page.wait_for_function("window.ran", timeout=60_000)
-    assert page.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]').count() == 0
-    assert page.locator(".jp-OutputArea-output img:visible").count() == 0, "the still picture stands beside the widget"
+        page.get_by_role("tab", name="What if").click()
+        page.get_by_label("Window").select_option("0"); page.get_by_role("button", name="Run again").click()
+        page.wait_for_selector(".result .big", timeout=60_000)
+        assert float(page.locator(".result .big").inner_text().split()[0]) > 0
+        page.get_by_role("tab", name="Known answers").click()
+        page.get_by_role("button", name="Check again").click(); settle(page)
+        assert page.locator(".card .pass").count() == 3
 
-    page.locator(".stage").click(position={"x": 130, "y": 130}); settle(page)
-    assert "pixel (4, 4)" in words(page)
-    steps = page.evaluate(STEP + "([0, 1, 2, 0, 2, 1])")
-    with capsys.disabled(): print(f"\n  explorer in JupyterLab: a step in {steps[len(steps) // 2]:.0f} ms (at most {steps[-1]:.0f}); load {patience():.1f}")
-    assert steps[len(steps) // 2] < 150 * patience()
-    page.get_by_role("tab", name="Follow one number").click()
-    page.wait_for_selector(".verdict.ok")
-    page.locator(".plot").first.focus(); page.keyboard.press("ArrowDown"); settle(page)
-    assert "q of frame 9" in page.locator(".chain").inner_text(), "JupyterLab took the arrow key for itself"
-
-    page.get_by_role("tab", name="What if").click()
-    page.get_by_label("Window").select_option("0"); page.get_by_role("button", name="Run again").click()
-    page.wait_for_selector(".result .big", timeout=60_000)
-    assert float(page.locator(".result .big").inner_text().split()[0]) > 0
-    page.get_by_role("tab", name="Known answers").click()
-    page.get_by_role("button", name="Check again").click(); settle(page)
-    assert page.locator(".card .pass").count() == 3
-
-    page.evaluate("jupyterapp.shell.currentWidget.content.activeCellIndex = 2")
-    page.evaluate("() => { window.ran = null; jupyterapp.commands.execute('notebook:run-cell').then(() => window.ran = true) }")
-    page.wait_for_function("window.ran", timeout=30_000)
-    assert "[4, 4] True" in page.locator(".jp-Cell").nth(2).inner_text(), "what the reader clicked did not reach Python"
-    page.evaluate("jupyterapp.commands.execute('apputils:change-theme', { theme: 'JupyterLab Dark' })")
-    page.wait_for_function("document.body.dataset.jpThemeLight === 'false'")
-    page.wait_for_function("getComputedStyle(document.querySelector('.attention-explorer')).colorScheme === 'dark'")
-    assert sum(shade(page)[0]) < 180 < 3 * 180 < sum(shade(page)[1])
-    if shots := os.environ.get("EXPLORER_SHOTS"): page.locator(".attention-explorer").screenshot(path=f"{shots}/lab.png")
-    context.close()
-    assert not outside, f"the browser asked for {outside}"
-    assert not wrong, wrong
+        run_cell(page, 2)
+        assert "[4, 4] True" in page.locator(".jp-Cell").nth(2).inner_text(), "what the reader clicked did not reach Python"
+        page.evaluate("jupyterapp.commands.execute('apputils:change-theme', { theme: 'JupyterLab Dark' })")
+        page.wait_for_function("document.body.dataset.jpThemeLight === 'false'")
+        page.wait_for_function("getComputedStyle(document.querySelector('.attention-explorer')).colorScheme === 'dark'")
+        assert sum(shade(page)[0]) < 180 < 3 * 180 < sum(shade(page)[1])
+        if shots := os.environ.get("EXPLORER_SHOTS"): page.locator(".attention-explorer").screenshot(path=f"{shots}/lab.png")

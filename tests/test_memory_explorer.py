@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import os
 import re
 import time
@@ -18,7 +17,9 @@ from PIL import Image
 from animatediff_lit.memory import CARDS, RESERVE, SETTING, TRAINED, MemoryExplorer, estimate_memory, forecast, frames_that_fit, judge
 from animatediff_lit.memory import law, marking_primes, memory_book, memory_laws, options_of, power_of, shape_law, variant_key
 from animatediff_lit.unet import UNet3DConditionModel
-from browser import browser, lab  # noqa: F401  (fixtures)
+from explorers import browser, lab, lab_page, offline_page, run_cell, sentence  # noqa: F401  (two of them are fixtures)
+
+READY = ".mx[data-drawn]"
 
 TINY = dict(block_out_channels=(16, 32), down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"), up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"),
             norm_num_groups=4, cross_attention_dim=24, num_attention_heads=2, motion_num_attention_heads=2, motion_max_seq_length=20)
@@ -32,13 +33,6 @@ def book() -> dict:
 @pytest.fixture
 def explorer() -> MemoryExplorer:
     return MemoryExplorer()
-
-
-def sentence(act, kind=ValueError) -> str:
-    with pytest.raises(kind) as caught: act()
-    text = str(caught.value)
-    assert "\n" not in text and text.endswith("."), text
-    return text
 
 
 # ---- the laws
@@ -174,16 +168,7 @@ def written(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def page(browser, written):  # noqa: F811
-    context = browser.new_context(viewport={"width": 1180, "height": 1000}, offline=True)
-    page, wrong = context.new_page(), []
-    page.on("console", lambda m: wrong.append(m.text) if m.type in ("error", "warning") else None)
-    page.on("pageerror", lambda e: wrong.append(str(e)))
-    page.set_default_timeout(20_000)
-    page.goto(written.as_uri())
-    page.wait_for_selector(".mx[data-drawn]")
-    yield page
-    context.close()
-    assert not wrong, wrong
+    with offline_page(browser, written, READY, timeout=20_000) as page: yield page
 
 
 def words(page, side: str = "a") -> str: return page.locator(f".mx-{side} .mx-summary").inner_text()
@@ -218,7 +203,7 @@ def test_page_is_quick(browser, written, capsys):  # noqa: F811
     context, opened = browser.new_context(offline=True), []
     for _ in range(3):                                          # the best of three: other work on the machine only adds
         page, start = context.new_page(), time.perf_counter()
-        page.goto(written.as_uri()); page.wait_for_selector(".mx[data-drawn]")
+        page.goto(written.as_uri()); page.wait_for_selector(READY)
         opened.append(time.perf_counter() - start)
     steps = page.evaluate(STEP, [4, 20, 8, 31, 16, 1, 24])
     context.close()
@@ -324,7 +309,7 @@ def test_dark_and_light(browser, written):  # noqa: F811
     for scheme in ("light", "dark"):
         context = browser.new_context(viewport={"width": 1180, "height": 1000}, offline=True, color_scheme=scheme)
         page = context.new_page()
-        page.goto(written.as_uri()); page.wait_for_selector(".mx[data-drawn]")
+        page.goto(written.as_uri()); page.wait_for_selector(READY)
         shades[scheme] = page.locator(".mx").evaluate("e => [getComputedStyle(e).backgroundColor, getComputedStyle(e).color].map(c => c.match(/\\d+/g).slice(0, 3).reduce((s, n) => s + Number(n), 0) / 3)")
         if shots := os.environ.get("EXPLORER_SHOTS"):
             page.get_by_role("button", name="Set it up").click(); page.get_by_role("button", name="Compare").click()
@@ -340,43 +325,24 @@ CELLS = ["from animatediff_lit.memory import MemoryExplorer\nexplorer = MemoryEx
 
 
 def test_widget_in_jupyterlab(lab, browser, capsys):  # noqa: F811
-    cells = [{"cell_type": "code", "id": f"c{i}", "metadata": {}, "execution_count": None, "outputs": [], "source": source} for i, source in enumerate(CELLS)]
-    kernel = {"display_name": "python3", "language": "python", "name": "python3"}
-    (lab.folder / "memory.ipynb").write_text(json.dumps({"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}))
-    context = browser.new_context(viewport={"width": 1400, "height": 1300})
-    page, wrong, outside = context.new_page(), [], []
-    page.set_default_timeout(120_000)
-    page.on("console", lambda m: wrong.append(m.text) if m.type == "error" else None)
-    page.on("pageerror", lambda e: wrong.append(str(e)))
-    context.route(lambda url: not url.startswith((lab.url, "data:", "blob:")), lambda route: (outside.append(route.request.url), route.abort()))
-    page.goto(f"{lab.url}/doc/tree/memory.ipynb?token=testtoken&reset")
-    page.wait_for_selector(".jp-Notebook .jp-CodeCell")
-    page.evaluate("async () => { const w = jupyterapp.shell.currentWidget; await w.context.ready; await w.sessionContext.ready; await w.sessionContext.session.kernel.info }")
-
-    def run(cell: int) -> None:
-        page.evaluate("i => { jupyterapp.shell.currentWidget.content.activeCellIndex = i; window.ran = null; jupyterapp.commands.execute('notebook:run-cell').then(() => window.ran = true) }", cell)
-        page.wait_for_function("window.ran")
-
-    run(0)
-    start = time.perf_counter()
-    run(1)
-    page.wait_for_selector(".mx[data-drawn]")
-    opened = time.perf_counter() - start
-    assert page.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]').count() == 0
-    assert page.locator(".jp-OutputArea-output img:visible").count() == 0, "the still picture stands beside the widget"
-    steps = page.evaluate(STEP, [4, 20, 8, 31, 16, 1, 24])
-    with capsys.disabled(): print(f"\n  memory explorer in JupyterLab: opens in {opened:.2f} s, a step in {steps[3]:.0f} ms (at most {steps[-1]:.0f})")
-    assert steps[3] < 150
-    control(page, "frames").focus(); page.keyboard.press("ArrowLeft")
-    page.wait_for_function("document.querySelector('.mx-a .mx-summary').textContent.includes('23 frames')", timeout=10_000)      # and JupyterLab does not take the key
-    choose(page, "training", True)
-    page.get_by_role("button", name="Ask the kernel").click()
-    page.wait_for_function("document.querySelector('.mx-exact').innerText.includes('the same')")
-    run(2)
-    assert "23 True True" in page.locator(".jp-Cell").nth(2).inner_text(), "what the reader clicked did not reach Python"
-    page.evaluate("jupyterapp.commands.execute('apputils:change-theme', { theme: 'JupyterLab Dark' })")
-    page.wait_for_selector(".mx.mx-dark")
-    if shots := os.environ.get("EXPLORER_SHOTS"): page.locator(".mx").screenshot(path=f"{shots}/memory_lab.png")
-    context.close()
-    assert not outside, f"the browser asked for {outside}"
-    assert not wrong, wrong
+    with lab_page(browser, lab, CELLS, height=1300, timeout=120_000) as page:
+        run_cell(page, 0)
+        start = time.perf_counter()
+        run_cell(page, 1)
+        page.wait_for_selector(READY)
+        opened = time.perf_counter() - start
+        assert page.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]').count() == 0
+        assert page.locator(".jp-OutputArea-output img:visible").count() == 0, "the still picture stands beside the widget"
+        steps = page.evaluate(STEP, [4, 20, 8, 31, 16, 1, 24])
+        with capsys.disabled(): print(f"\n  memory explorer in JupyterLab: opens in {opened:.2f} s, a step in {steps[3]:.0f} ms (at most {steps[-1]:.0f})")
+        assert steps[3] < 150
+        control(page, "frames").focus(); page.keyboard.press("ArrowLeft")
+        page.wait_for_function("document.querySelector('.mx-a .mx-summary').textContent.includes('23 frames')", timeout=10_000)      # and JupyterLab does not take the key
+        choose(page, "training", True)
+        page.get_by_role("button", name="Ask the kernel").click()
+        page.wait_for_function("document.querySelector('.mx-exact').innerText.includes('the same')")
+        run_cell(page, 2)
+        assert "23 True True" in page.locator(".jp-Cell").nth(2).inner_text(), "what the reader clicked did not reach Python"
+        page.evaluate("jupyterapp.commands.execute('apputils:change-theme', { theme: 'JupyterLab Dark' })")
+        page.wait_for_selector(".mx.mx-dark")
+        if shots := os.environ.get("EXPLORER_SHOTS"): page.locator(".mx").screenshot(path=f"{shots}/memory_lab.png")
