@@ -27,9 +27,9 @@ __all__ = ['KINDS', 'MEASURES', 'KNOWN', 'PAGE', 'SELECTION', 'attention_weights
            'known_module', 'dot_map', 'known_dot', 'known_answer', 'in_bytes', 'frame_layers', 'all_mean_maps',
            'layer_label', 'layer_scores', 'describe', 'answer_layer', 'answer_follow', 'run_key', 'Run', 'known_card',
            'looks_at', 'in_layer', 'summary_of', 'draw_strip', 'draw_heads', 'recording_heads', 'draw_curve',
-           'draw_still', 'spread', 'page_keys', 'page_pixels', 'page_store', 'page_state', 'whole_page', 'still_png',
-           'check_choice', 'ExplorerState', 'first_choice', 'AttentionExplorer', 'run_again', 'known_cards',
-           'answer_key', 'reply_to', 'mime_bundle', 'explore_attention']
+           'draw_still', 'spread', 'page_keys', 'page_pixels', 'page_store', 'page_state', 'for_script', 'whole_page',
+           'still_png', 'check_choice', 'ExplorerState', 'first_choice', 'AttentionExplorer', 'run_again',
+           'known_cards', 'answer_key', 'reply_to', 'mime_bundle', 'explore_attention']
 
 # %% ../nbs/11_attention_maps.ipynb #0d1fe0fc
 import base64
@@ -772,14 +772,18 @@ def page_state(explorer: AttentionExplorer, steps: list[int]) -> dict[str, Any]:
     return state | dict(info=info, live=False, runs=list(explorer.done), step=min(steps, key=lambda s: abs(s - explorer.step)))
 
 # %% ../nbs/11_attention_maps.ipynb #c41e7270
+def for_script(value: Any) -> str:
+    "As JSON that may stand in a page's script: nothing in it can end the script."
+    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
+
 def whole_page(explorer: AttentionExplorer, many: int = 6) -> str:
     "The whole page, with `many` steps."
     steps = spread(explorer.recording.steps, many)
     index, store = page_store(explorer, steps)
-    state = json.dumps(dict(state=page_state(explorer, steps), index=index)).replace("<", "\\u003c")
+    state = for_script(dict(state=page_state(explorer, steps), index=index))
     return PAGE.format(title=escape(f"Attention explorer: {explorer.video.caption}"), summary=escape(explorer.summary), state=state,
                        still=base64.b64encode(still_png(explorer)).decode(), store=base64.b64encode(zlib.compress(store)).decode(),
-                       script=explorer._esm_file.read_text(encoding="utf-8"))
+                       script=explorer._esm)
 
 # %% ../nbs/11_attention_maps.ipynb #5966f16c
 def still_png(explorer: AttentionExplorer) -> bytes:
@@ -806,8 +810,7 @@ def check_choice(explorer: AttentionExplorer, name: str, value: Any) -> Any:
 # %% ../nbs/11_attention_maps.ipynb #bdf519ad
 class ExplorerState(anywidget.AnyWidget):
     "The traits of an `AttentionExplorer`: what it shows, and what the reader chose."
-    _esm_file = Path(animatediff_lit.__file__).parent / "attention_explorer.js"
-    _esm = _esm_file
+    _esm = Path(animatediff_lit.__file__).parent / "attention_explorer.js"
     info, film, means = Dict().tag(sync=True), Bytes().tag(sync=True), Bytes().tag(sync=True)
     live = Bool(True).tag(sync=True)
     runs: List[str] = List().tag(sync=True)
@@ -865,7 +868,7 @@ class AttentionExplorer(ExplorerState):
         write_whole(Path(path), whole_page(self, steps).encode())
         return Path(path)
 
-    def _repr_mimebundle_(self, **kwargs: Any) -> Any: return mime_bundle(self, super()._repr_mimebundle_(**kwargs))
+    def _repr_mimebundle_(self, **kwargs: Any) -> Any: return mime_bundle(still_png(self), self.summary, super()._repr_mimebundle_(**kwargs))
 
 # %% ../nbs/11_attention_maps.ipynb #2b033524
 def run_again(explorer: AttentionExplorer, switches: dict[str, Any]) -> Video:
@@ -902,9 +905,9 @@ def reply_to(explorer: AttentionExplorer, key: str) -> None:
     else: explorer.send(dict(key=key, **info), [data])
 
 # %% ../nbs/11_attention_maps.ipynb #0b9364b8
-def mime_bundle(explorer: AttentionExplorer, live: Any) -> Any:
-    "The widget where a kernel shows it, and always the picture and the words for where none does."
-    still = {"image/png": base64.b64encode(still_png(explorer)).decode(), "text/plain": explorer.summary}
+def mime_bundle(picture: bytes, words: str, live: Any) -> Any:
+    "The widget where a kernel shows it, and always the picture, a PNG, and the words for where none does."
+    still = {"image/png": base64.b64encode(picture).decode(), "text/plain": words}
     if "IN_TEST" in os.environ or not live: return still
     data, metadata = live
     return {**data, **still}, metadata

@@ -22,12 +22,11 @@ from einops import rearrange
 from torch import Tensor, nn
 from .blocks import VideoGroupNorm
 from .debugging import draw, fingerprint, reroll, same
-from .evaluation import generate, grid, judge, summary, table
+from .evaluation import generate, grid, interval, judge, summary, table
 from .motion import MotionContext, MotionModule, TemporalTransformerBlock
 from .pipeline import AnimationPipeline, first_line
 from .spatial import PixelLinear
-from .training import (LatentClips, Recipe, captions_of, denoising_loss, encode_clips, fit,
-                                      nano_schedule, render_clips, step_generator)
+from .training import LatentClips, Recipe, denoising_loss, encode_scenes, nano_schedule, step_generator, train_denoiser
 from .unet import VideoLayers, VideoUNet, time_codes
 from .video import Scene, draw_scenes, write_whole
 
@@ -37,8 +36,8 @@ __all__ = ['FAULTS', 'MOTION_MODULES', 'NO_MOTION', 'JUDGED', 'wants', 'call_mot
            'motion_sites', 'choose_sites', 'CustomWrapper', 'Envelope', 'seal', 'unseal', 'send_time',
            'check_motion_module', 'as_factory', 'unet_of', 'integrate_custom_module', 'custom_modules', 'as_before',
            'freeze_rest', 'custom_state_dict', 'save_custom', 'load_custom', 'count', 'matched_size', 'contestants',
-           'train_custom', 'seconds_per_step', 'encode_scenes', 'clip_errors', 'interval', 'assess', 'race_table',
-           'run_once', 'plan_race', 'run_race', 'write_record', 'main']
+           'train_custom', 'seconds_per_step', 'clip_errors', 'assess', 'race_table', 'run_once', 'plan_race',
+           'run_race', 'write_record', 'main']
 
 # %% ../nbs/16_custom_motion.ipynb #8378b856
 def wants(module: nn.Module) -> list[str]:
@@ -373,8 +372,8 @@ def contestants() -> dict[str, Callable[[int], nn.Module]]:
 # %% ../nbs/16_custom_motion.ipynb #bd8d7268
 def train_custom(model: VideoUNet | AnimationPipeline, data: LatentClips, recipe: Recipe, **options: Any) -> list[dict[str, float]]:
     "Train what is not frozen in a changed model on clips, with nano's schedule; returns the log. `options` are those of `fit`."
-    unet, schedule = unet_of(model), nano_schedule()
-    history = fit(unet, data.draw, lambda m, **x: denoising_loss(m, **x, schedule=schedule), recipe, **options)
+    unet = unet_of(model)
+    history = train_denoiser(unet, data.draw, recipe, **options)
     unet.eval()
     return history
 
@@ -390,11 +389,6 @@ def seconds_per_step(models: Mapping[str, VideoUNet | AnimationPipeline], data: 
         best[name] = min(best[name], (clock() - start) / 2)
     return best
 
-# %% ../nbs/16_custom_motion.ipynb #e93fedfd
-def encode_scenes(pipe: AnimationPipeline, scenes: Sequence[Scene], frames: int = 16) -> LatentClips:
-    "Clips of the moving-shapes world as a pipeline's own encoders see them."
-    return encode_clips([captions_of(s) for s in scenes], render_clips(scenes, frames), pipe.vae, pipe.text_encoder, pipe.tokenizer)
-
 # %% ../nbs/16_custom_motion.ipynb #0b8e5d33
 @torch.no_grad()
 def clip_errors(model: VideoUNet | AnimationPipeline, data: LatentClips, n: int = 64, seed: int = 0) -> list[float]:
@@ -402,13 +396,6 @@ def clip_errors(model: VideoUNet | AnimationPipeline, data: LatentClips, n: int 
     inputs, schedule = data.draw(step_generator(seed, 0), n), nano_schedule()
     draws = ({k: v[i:i + 1] for k, v in inputs.items()} for i in range(n))
     return [round(denoising_loss(unet_of(model), **one, schedule=schedule)[0].item(), 5) for one in draws]
-
-# %% ../nbs/16_custom_motion.ipynb #5e19ebcc
-def interval(values: Sequence[float]) -> list[float]:
-    "The mean, and the ends of its 95 % interval."
-    v = np.asarray(values)
-    half = 1.96 * v.std() / len(v) ** 0.5
-    return [v.mean(), v.mean() - half, v.mean() + half]
 
 # %% ../nbs/16_custom_motion.ipynb #ddf46afb
 NO_MOTION = "no motion"

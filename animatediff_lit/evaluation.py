@@ -25,7 +25,7 @@ from .video import (BACKGROUNDS, COLOURS, MOTIONS, SHAPES, Scene, Video, contact
 # %% auto #0
 __all__ = ['VIDEO_ENCODER', 'STRAIGHT', 'MEASURES', 'grid', 'flicker', 'movement', 'VideoEncoder', 'to_model', 'NanoCLIP',
            'load_clip', 'caption_ids', 'alignment', 'judge', 'generate', 'through_autoencoder', 'wilson', 'lines',
-           'summary', 'table', 'evaluate', 'main']
+           'interval', 'summary', 'table', 'evaluate', 'main']
 
 # %% ../nbs/09b_evaluation.ipynb #3b98740e
 def grid(n: int = 330) -> list[Scene]:
@@ -156,6 +156,13 @@ def lines(rows: Sequence[dict]) -> dict[str, list[bool]]:
     out["straight moves"] = [r["motion"] for r in rows if r["motion asked"] in STRAIGHT]
     return out | {m: [r["motion"] for r in rows if r["motion asked"] == m] for m in MOTIONS}
 
+# %% ../nbs/09b_evaluation.ipynb #d37884f5
+def interval(values: Sequence[float]) -> list[float]:
+    "The mean, and the ends of its 95 % interval."
+    v = np.asarray(values)
+    half = 1.96 * v.std() / len(v) ** 0.5
+    return [v.mean(), v.mean() - half, v.mean() + half]
+
 # %% ../nbs/09b_evaluation.ipynb #b091ebfd
 MEASURES = ("flicker", "movement", "hollow", "alignment")
 
@@ -163,10 +170,7 @@ def summary(rows: Sequence[dict]) -> dict[str, list[float]]:
     "For every line of the table: the value and its 95 % interval, `[value, low, high]`."
     out = {name: [sum(v) / max(1, len(v)), *wilson(sum(v), len(v))] for name, v in lines(rows).items()}
     for name in MEASURES:
-        v = np.array([r[name] for r in rows if name in r])
-        if len(v):
-            middle, half = v.mean(), 1.96 * v.std() / len(v) ** 0.5
-            out[name] = [middle, middle - half, middle + half]
+        if v := [r[name] for r in rows if name in r]: out[name] = interval(v)
     return {name: [round(float(x), 4) for x in v] for name, v in out.items()}
 
 # %% ../nbs/09b_evaluation.ipynb #726a1cd9

@@ -45,7 +45,7 @@ __all__ = ['KINDS', 'ROWS', 'SLICE', 'ATTENTION', 'CHECKPOINTED', 'OPTIMIZERS', 
            'growth', 'running_laws', 'fullest', 'shape_law', 'alive_after', 'whole', 'variant', 'kind_of_run',
            'options_of', 'variant_key', 'all_settings', 'memory_laws', 'forecast', 'alive_blocks', 'save_laws',
            'memory_book', 'frames_that_fit', 'Verdict', 'judge', 'exercise', 'check_setting', 'kernel_says',
-           'MemoryExplorer', 'in_words', 'still_figure', 'draw_setting', 'still_png', 'page', 'bundle',
+           'MemoryExplorer', 'in_words', 'still_figure', 'draw_setting', 'still_png', 'page',
            'MemoryEfficientAttention']
 
 # %% ../nbs/12_memory.ipynb #c970b76c
@@ -53,15 +53,14 @@ import base64
 import html
 import io
 import json
-import os
 from collections.abc import Mapping
 from itertools import product
 from operator import mul
 import anywidget
 import animatediff_lit
-import matplotlib.pyplot as plt
 import numpy as np
 import traitlets
+from .attention_maps import for_script, mime_bundle
 from .video import write_whole
 
 # %% ../nbs/12_memory.ipynb #9c51ba91
@@ -172,13 +171,17 @@ class Ledger:
 
     def is_gradient(self, block: int) -> None: self.blocks[block] = self.blocks[block]._replace(kind="gradients")
 
-    def after(self, n: int) -> list[Block]:
-        "What is there after the first `n` events, the blocks of a layer together."
+    def there(self, n: int) -> list[Block]:
+        "What is there after the first `n` events, in the order in which it came."
         there = dict.fromkeys(block for block, sign, _ in self.events[:n] if sign > 0)
         for block, sign, _ in self.events[:n]:
             if sign < 0: del there[block]
+        return [self.blocks[block] for block in there]
+
+    def after(self, n: int) -> list[Block]:
+        "The same, the blocks of a layer together."
         rank = {block.name: i for i, block in reversed([*enumerate(self.blocks)])}
-        return sorted((self.blocks[i] for i in there), key=lambda block: rank[block.name])
+        return sorted(self.there(n), key=lambda block: rank[block.name])
 
     def estimate(self, title: str = "memory") -> MemoryEstimate:
         now, fullest, top, at = dict.fromkeys(KINDS, 0), {}, 0, 0
@@ -757,10 +760,7 @@ def shape_law(shape: tuple[int, ...], primes: tuple[int, int]) -> list[list[int]
 # %% ../nbs/12_memory.ipynb #9edd0525
 def alive_after(ledger: Ledger, event: int, primes: tuple[int, int], keep: int = 20) -> list[list]:
     "Groups of equal activations, the largest first: layer, dtype, how many, shape law, and the law of all together. What follows `keep` groups is put together by layer."
-    there = dict.fromkeys(i for i, sign, _ in ledger.events[:event + 1] if sign > 0)
-    for i, sign, _ in ledger.events[:event + 1]:
-        if sign < 0: del there[i]
-    blocks = [ledger.blocks[i] for i in there if ledger.blocks[i].kind == "activations"]
+    blocks = [block for block in ledger.there(event + 1) if block.kind == "activations"]
     groups: dict[tuple, list[Any]] = {}
     for block in sorted(blocks, key=lambda block: -block.bytes):
         key = block[:4]
@@ -965,7 +965,7 @@ class MemoryExplorer(anywidget.AnyWidget):
         "Write one page that works without a kernel and without a network."
         write_whole(Path(path), page(self).encode())
         return Path(path)
-    def _repr_mimebundle_(self, **kwargs: Any) -> Any: return bundle(self, super()._repr_mimebundle_(**kwargs))
+    def _repr_mimebundle_(self, **kwargs: Any) -> Any: return mime_bundle(still_png(self), self.summary, super()._repr_mimebundle_(**kwargs))
 
 # %% ../nbs/12_memory.ipynb #bd5af983
 def in_words(book: Mapping[str, Any], setting: Mapping[str, Any]) -> str:
@@ -1016,21 +1016,14 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewp
 openPage(document.getElementById("memory-explorer"), {state});
 </script></html>"""
 
-def still_png(explorer: MemoryExplorer) -> str:
-    "The still picture as base64 text."
+def still_png(explorer: MemoryExplorer) -> bytes:
+    "The still picture as a PNG."
     picture = io.BytesIO()
     still_figure(explorer).savefig(picture, format="png", dpi=80)
-    return base64.b64encode(picture.getvalue()).decode()
+    return picture.getvalue()
 
 # %% ../nbs/12_memory.ipynb #8651d278
 def page(explorer: MemoryExplorer) -> str:
     "The page of `MemoryExplorer.to_html`: script, laws and settings in one file."
     state = {key: getattr(explorer, key) for key in ("book", "a", "b")} | {"ask": {}, "exact": {}, "live": False}
-    inside = json.dumps(state, separators=(",", ":")).replace("<", "\\u003c")
-    return PAGE.format(summary=html.escape(explorer.summary), still=still_png(explorer), script=explorer._esm, state=inside)
-
-def bundle(explorer: MemoryExplorer, live: Any) -> Any:
-    "The widget where a kernel shows it, and always the picture and the words for where none does."
-    still = {"image/png": still_png(explorer), "text/plain": explorer.summary}
-    if "IN_TEST" in os.environ or not live: return still
-    return {**live[0], **still}, live[1]
+    return PAGE.format(summary=html.escape(explorer.summary), still=base64.b64encode(still_png(explorer)).decode(), script=explorer._esm, state=for_script(state))

@@ -33,9 +33,9 @@ from .video import Scene, VideoFolder, caption_variant, contact_sheet, draw_scen
 __all__ = ['CAPTION_MIX', 'STILLS_BIAS', 'NANO_RECIPES', 'STYLES_FOLDER', 'step_generator', 'Recipe', 'learning_rate',
            'save_checkpoint', 'load_checkpoint', 'my_part', 'Run', 'fit', 'autoencoder_loss', 'render_clips',
            'draw_frames', 'contrastive_loss', 'captions_of', 'draw_pairs', 'LatentClips', 'embed_captions',
-           'encode_clips', 'nano_schedule', 'denoising_loss', 'train_images', 'train_motion', 'reversal_probe',
-           'nano_scheduler', 'tokenizer_for', 'train_encoders', 'loss_figure', 'watcher', 'film_clips', 'train_stages',
-           'save_nano', 'train_nano', 'main', 'train_style', 'save_delta', 'add_delta']
+           'encode_clips', 'nano_scheduler', 'nano_schedule', 'denoising_loss', 'train_denoiser', 'train_images',
+           'train_motion', 'reversal_probe', 'tokenizer_for', 'train_encoders', 'loss_figure', 'watcher', 'film_clips',
+           'train_stages', 'save_nano', 'train_nano', 'main', 'encode_scenes', 'train_style', 'save_delta', 'add_delta']
 
 # %% ../nbs/10_training.ipynb #0d4b1a48
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -253,9 +253,15 @@ def encode_clips(captions: Sequence[Sequence[str]], clips: Tensor, vae: nn.Modul
     return LatentClips(latents, torch.tensor([[number[c] for c in row] for row in rows]), embed_captions(text_encoder, tokenizer, list(number)))
 
 # %% ../nbs/10_training.ipynb #dfe71a55
+def nano_scheduler() -> Any:
+    "diffusers' DDIM with nano's schedule; `trailing` spacing, because sampling has to start at the last timestep."
+    from diffusers import DDIMScheduler
+    return DDIMScheduler(beta_schedule="linear", beta_start=0.00085, beta_end=0.02, prediction_type="v_prediction", timestep_spacing="trailing",
+                         clip_sample=False, set_alpha_to_one=True, steps_offset=0)
+
 def nano_schedule() -> NoiseSchedule:
-    "The schedule that nano is trained with: linear betas, 0.00085 to 0.02, v-prediction."
-    return NoiseSchedule("linear", 0.00085, 0.02, prediction="v_prediction")
+    "The schedule that nano is trained with, from its scheduler: linear betas, 0.00085 to 0.02, v-prediction."
+    return NoiseSchedule.from_scheduler(nano_scheduler())
 
 # %% ../nbs/10_training.ipynb #afd43765
 def denoising_loss(unet: nn.Module, clean: Tensor, noise: Tensor, t: Tensor, text: Tensor, schedule: NoiseSchedule) -> tuple[Tensor, dict[str, float]]:
@@ -266,11 +272,15 @@ def denoising_loss(unet: nn.Module, clean: Tensor, noise: Tensor, t: Tensor, tex
     return error.mean(), quarters
 
 # %% ../nbs/10_training.ipynb #7b677068
+def train_denoiser(unet: nn.Module, draw: Callable, recipe: Recipe, **options: Any) -> list[dict[str, float]]:
+    "`fit` with nano's schedule and the loss of both stages: trains what is not frozen."
+    schedule = nano_schedule()
+    return fit(unet, draw, lambda m, **x: denoising_loss(m, **x, schedule=schedule), recipe, **options)
+
 def train_images(unet: UNet3DConditionModel, data: LatentClips, recipe: Recipe, **options: Any) -> list[dict[str, float]]:
     "Stage 1: the spatial layers learn from stills; the motion modules are switched off and stay as they are."
     unet.set_motion(False).set_frozen("motion")
-    schedule = nano_schedule()
-    history = fit(unet, data.draw_stills, lambda m, **x: denoising_loss(m, **x, schedule=schedule), recipe, label="stage 1: images", **options)
+    history = train_denoiser(unet, data.draw_stills, recipe, label="stage 1: images", **options)
     unet.set_motion(True).set_frozen(None)
     return history
 
@@ -278,8 +288,7 @@ def train_images(unet: UNet3DConditionModel, data: LatentClips, recipe: Recipe, 
 def train_motion(unet: UNet3DConditionModel, data: LatentClips, recipe: Recipe, **options: Any) -> list[dict[str, float]]:
     "Stage 2: the motion modules learn from clips; everything else is frozen and does not change by a bit."
     unet.set_motion(True).set_frozen("spatial")
-    schedule = nano_schedule()
-    history = fit(unet, data.draw, lambda m, **x: denoising_loss(m, **x, schedule=schedule), recipe, label="stage 2: motion", **options)
+    history = train_denoiser(unet, data.draw, recipe, label="stage 2: motion", **options)
     unet.set_frozen(None)
     return history
 
@@ -302,12 +311,6 @@ NANO_RECIPES = {
     "text": Recipe(steps=3800, batch=128, lr=1e-3, ema=0.995, seed=2),
     "images": Recipe(steps=20000, batch=32, seed=4),
     "motion": Recipe(steps=12000, batch=8, seed=5)}
-
-def nano_scheduler() -> Any:
-    "diffusers' DDIM with nano's schedule; `trailing` spacing, because sampling has to start at the last timestep."
-    from diffusers import DDIMScheduler
-    return DDIMScheduler(beta_schedule="linear", beta_start=0.00085, beta_end=0.02, prediction_type="v_prediction", timestep_spacing="trailing",
-                         clip_sample=False, set_alpha_to_one=True, steps_offset=0)
 
 # %% ../nbs/10_training.ipynb #d6aff008
 def tokenizer_for(captions: Sequence[Sequence[str]]) -> Any:
@@ -415,15 +418,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     train_nano(args.out, recipes, args.clips, accelerator, args.films)
     print(f"Written: {args.out}. Try it: python -m animatediff_lit.pipeline --model {args.out}")
 
-# %% ../nbs/10_training.ipynb #30cd714c
-if __name__ == "__main__" and "__file__" in globals(): main()          # a notebook is __main__ as well, but no file
-
 # %% ../nbs/10_training.ipynb #9ef4a4ba
+def encode_scenes(pipe: AnimationPipeline, scenes: Sequence[Scene], **drawing: Any) -> LatentClips:
+    "Clips of the moving-shapes world as a pipeline's own encoders see them; `drawing` is that of `render_clips`."
+    return encode_clips([captions_of(s) for s in scenes], render_clips(scenes, **drawing), pipe.vae, pipe.text_encoder, pipe.tokenizer)
+
 def train_style(pipe: AnimationPipeline, style: str, recipe: Recipe, clips: int = 4096, **options: Any) -> list[dict[str, float]]:
     "Fine-tune a pipeline's image model on stills of one style of the world; the motion modules are not touched."
-    scenes = draw_scenes(clips, seed=6)
-    data = encode_clips([captions_of(s) for s in scenes], render_clips(scenes, style=style), pipe.vae, pipe.text_encoder, pipe.tokenizer)
-    return train_images(pipe.unet, data, recipe, **options)
+    return train_images(pipe.unet, encode_scenes(pipe, draw_scenes(clips, seed=6), style=style), recipe, **options)
 
 # %% ../nbs/10_training.ipynb #9ba0e03e
 STYLES_FOLDER = NANO.parent / "styles"
@@ -441,3 +443,6 @@ def add_delta(model: nn.Module, path: str | Path, scale: float = 1.0) -> None:
     wrong = [n for n, d in delta.items() if n not in own or own[n].shape != d.shape]
     if wrong: raise ValueError(f"{path} does not fit this model, which has no weight {wrong[0]} of the shape {tuple(delta[wrong[0]].shape)}: load the model that it was made from.")
     for n, d in delta.items(): own[n] += scale * d
+
+# %% ../nbs/10_training.ipynb #30cd714c
+if __name__ == "__main__" and "__file__" in globals(): main()          # a notebook is __main__ as well, but no file
