@@ -1128,6 +1128,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'animatediff_lit/training.py'),
                                           'animatediff_lit.training.train_style': ( 'training.html#train_style',
                                                                                     'animatediff_lit/training.py'),
+                                          'animatediff_lit.training.training_scenes': ( 'training.html#training_scenes',
+                                                                                        'animatediff_lit/training.py'),
                                           'animatediff_lit.training.watcher': ('training.html#watcher', 'animatediff_lit/training.py')},
             'animatediff_lit.unet': { 'animatediff_lit.unet.DownBlock3D': ('unet.html#downblock3d', 'animatediff_lit/unet.py'),
                                       'animatediff_lit.unet.DownBlock3D.__init__': ( 'unet.html#downblock3d.__init__',

@@ -11,12 +11,13 @@ import statistics
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from pyflakes import checker, messages
 
-from measure import CELL_LIMIT, MARK, MARK_TEXT, ROOT, chapters, run
+from measure import CELL_LIMIT, MARK, MARK_TEXT, ROOT, chapters, cores, run
 
 PACKAGE = ROOT / "animatediff_lit"
 NOTEBOOKS = chapters()
@@ -243,9 +244,18 @@ def stale_cells(kept: Path, new: Path) -> list[str]:
     return [f"{sorted(kinds_of_output(a) ^ kinds_of_output(b))} below: {first_line(a)}" for a, b in pairs if kinds_of_output(a) != kinds_of_output(b)]
 
 
+@pytest.fixture(scope="session")
+def runs(request, tmp_path_factory):
+    "The run of every notebook that was chosen, as many at a time as there are cores, with one thread each."
+    chosen = [item.callspec.params["notebook"] for item in request.session.items if getattr(item, "originalname", "") == "test_runs"]
+    pool = ThreadPoolExecutor(cores())
+    yield {n: pool.submit(run, n, tmp_path_factory.mktemp(n.stem), OMP_NUM_THREADS="1", MKL_NUM_THREADS="1") for n in chosen}
+    pool.shutdown(cancel_futures=True)
+
+
 @each_notebook
-def test_runs(notebook, tmp_path, costs):
-    cost, copy = run(notebook, tmp_path)
+def test_runs(notebook, runs, costs):
+    cost, copy = runs[notebook].result()
     costs.append(cost)
     if not cost.passed: pytest.fail(f"{notebook.name} failed (a cell may take {CELL_LIMIT} s):\n{cost.log[-6000:]}", pytrace=False)
     stale = stale_cells(notebook, copy)
