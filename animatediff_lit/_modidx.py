@@ -1026,6 +1026,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                        'animatediff_lit/spatial.py'),
                                          'animatediff_lit.spatial.SpatialTransformerBlock.forward': ( 'spatial.html#spatialtransformerblock.forward',
                                                                                                       'animatediff_lit/spatial.py')},
+            'animatediff_lit.speed': { 'animatediff_lit.speed.alternate': ('speed.html#alternate', 'animatediff_lit/speed.py'),
+                                       'animatediff_lit.speed.ratio': ('speed.html#ratio', 'animatediff_lit/speed.py')},
             'animatediff_lit.temporal': { 'animatediff_lit.temporal.MemoryEfficientAttention': ( 'temporal.html#memoryefficientattention',
                                                                                                  'animatediff_lit/temporal.py'),
                                           'animatediff_lit.temporal.MemoryEfficientAttention.__init__': ( 'temporal.html#memoryefficientattention.__init__',
