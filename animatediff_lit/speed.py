@@ -33,14 +33,14 @@ from .video import Scene
 # %% auto #0
 __all__ = ['SPREAD', 'PIECE', 'KNOWN', 'alternate', 'ratio', 'where_time_goes', 'count_flops', 'machine_rate', 'read_text',
            'ask_text', 'by_head', 'Once', 'content', 'stages', 'read_time', 'spread', 'as_images', 'as_clips',
-           'among_frames', 'among_pixels', 'think', 'convolve', 'normalise', 'project', 'resnet_block', 'widen',
-           'spatial_transformer', 'motion_module', 'downsample', 'upsample', 'Kit', 'Walk', 'walk_down', 'walk_up',
-           'network', 'shallow', 'check_known', 'FastUNet', 'make_kit', 'step', 'FastPipeline', 'fast_pipeline',
-           'score', 'time_against_quality', 'Trial', 'Trials', 'peak_of', 'twin', 'channels_last', 'forward_in_bf16',
-           'in_bf16', 'in_int8', 'compiled', 'distance', 'attempt', 'check_example', 'run_exactly',
-           'optimize_inference', 'with_unet']
+           'queries_keys_values', 'among_frames', 'among_pixels', 'think', 'convolve', 'normalise', 'project',
+           'resnet_block', 'widen', 'spatial_transformer', 'motion_module', 'downsample', 'upsample', 'Kit',
+           'weights_of', 'Walk', 'walk_down', 'walk_up', 'network', 'shallow', 'check_known', 'FastUNet', 'make_kit',
+           'step', 'FastPipeline', 'fast_pipeline', 'score', 'time_against_quality', 'Trial', 'Trials', 'peak_of',
+           'twin', 'channels_last', 'forward_in_bf16', 'in_bf16', 'in_int8', 'compiled', 'distance', 'attempt',
+           'check_example', 'run_exactly', 'optimize_inference', 'with_unet']
 
-# %% ../nbs/17_speed.ipynb #63b8dc4e
+# %% ../nbs/17_speed.ipynb #7ed89410
 def alternate(runs: Mapping[str, Callable[[], Any]], rounds: int = 5, warmup: int = 1,
               clock: Callable[[], float] = time.perf_counter) -> dict[str, list[float]]:
     """Seconds that each of the named `runs` took, in turns: A B C A B C ..., `rounds` times after `warmup` rounds that do not count.
@@ -58,6 +58,7 @@ def alternate(runs: Mapping[str, Callable[[], Any]], rounds: int = 5, warmup: in
         for name, run in runs.items():
             start = clock()
             run()
+            if torch.cuda.is_initialized(): torch.cuda.synchronize()              # a GPU answers before it has finished
             if turn >= 0: seconds[name].append(clock() - start)
     return seconds
 
@@ -92,8 +93,8 @@ def machine_rate(size: int = 1024, rounds: int = 5) -> float:
     a = torch.randn(size, size)
     return 2 * size ** 3 / min(alternate({"product": lambda: a @ a}, rounds)["product"])
 
-# %% ../nbs/17_speed.ipynb #489125ab
-def read_text(a: Attention, text: Tensor) -> tuple[Tensor, Tensor]:
+# %% ../nbs/17_speed.ipynb #4129fb7a
+def read_text(a: Any, text: Tensor) -> tuple[Tensor, Tensor]:
     """What a cross-attention needs of a text `(b, n, d)`: two matrices, `(b, c, h, n)` and `(b, h n, c)`, if that is less work,
     or else keys and values, `(b, h, n, d)`."""
     h, n = a.num_heads, text.shape[1]
@@ -103,8 +104,8 @@ def read_text(a: Attention, text: Tensor) -> tuple[Tensor, Tensor]:
     before = torch.einsum("bnhd,hdc->bchn", k / math.sqrt(k.shape[-1]), q).contiguous()
     return before, torch.einsum("bnhd,chd->bhnc", v, out).flatten(1, 2)
 
-# %% ../nbs/17_speed.ipynb #91ab78aa
-def ask_text(a: Attention, x: Tensor, read: tuple[Tensor, Tensor]) -> Tensor:
+# %% ../nbs/17_speed.ipynb #0b432f6d
+def ask_text(a: Any, x: Tensor, read: tuple[Tensor, Tensor]) -> Tensor:
     "The cross-attention of all pixels `(b, f, s, c)` with a text that `read_text` has read -> the shape of x."
     (b, f, s, c), tokens, (first, second) = x.shape, x.flatten(1, 2), read
     if first.shape[1] == a.num_heads != c:                                                       # keys and values
@@ -146,11 +147,10 @@ def stages(unet: UNet3DConditionModel) -> list[Any]:
     "The blocks in the order in which they run."
     return [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
 
-# %% ../nbs/17_speed.ipynb #bf0590a7
+# %% ../nbs/17_speed.ipynb #38dfa047
 def read_time(unet: UNet3DConditionModel, temb: Tensor) -> list[Tensor]:
     "For every ResNet block in turn, the bias of its first convolution with the time `(n, d)` in it: `(n, c)`."
-    resnets = [resnet for stage in stages(unet) for resnet in stage.resnets]
-    return [resnet.conv1.bias + resnet.time_emb_proj(resnet.nonlinearity(temb)) for resnet in resnets]
+    return [resnet.conv1.bias + resnet.time_emb_proj(resnet.nonlinearity(temb)) for stage in stages(unet) for resnet in stage.resnets]
 
 # %% ../nbs/17_speed.ipynb #ab440905
 SPREAD = torch.tensor([[0., 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
@@ -170,23 +170,29 @@ def as_clips(images: Tensor, frames: int) -> Tensor:
     "The way back, without a copy if the images are channels-last."
     return images.permute(0, 2, 3, 1).contiguous().unflatten(0, (-1, frames))
 
-# %% ../nbs/17_speed.ipynb #843d5990
-def among_frames(a: Attention, x: Tensor) -> Tensor:
+# %% ../nbs/17_speed.ipynb #4f753981
+def queries_keys_values(a: Any, x: Tensor) -> tuple[Tensor, ...]:
+    "All three in one product, whose columns stand head by head: `(..., s, c)` -> three of `(..., s h, d)`."
+    weight = torch.stack([layer.weight.unflatten(0, (a.num_heads, -1)) for layer in (a.to_q, a.to_k, a.to_v)], dim=1)      # h 3 d c
+    joint = F.linear(x, weight.flatten(0, 2)).unflatten(-1, weight.shape[:3])                                              # ... s h 3 d
+    return joint.flatten(-4, -3).unbind(-2)
+
+# %% ../nbs/17_speed.ipynb #377ae20e
+def among_frames(a: Any, x: Tensor) -> Tensor:
     "Every pixel attends to itself in all frames, in place: `(b, f, s, c)` -> the same shape."
-    b, f, s, _ = x.shape
-    q, k, v = (layer(x).view(b, f, s * a.num_heads, -1).transpose(1, 2) for layer in (a.to_q, a.to_k, a.to_v))
+    q, k, v = (t.transpose(1, 2) for t in queries_keys_values(a, x))                             # b (s h) f d
     return a.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
 
-# %% ../nbs/17_speed.ipynb #09a9ab82
-def among_pixels(a: Attention, x: Tensor) -> Tensor:
+# %% ../nbs/17_speed.ipynb #e9bad1bf
+def among_pixels(a: Any, x: Tensor) -> Tensor:
     "The pixels of a frame attend to each other: `(b, f, s, c)` -> the same shape."
-    q, k, v = (by_head(layer(x.flatten(0, 1)), a.num_heads) for layer in (a.to_q, a.to_k, a.to_v))
+    q, k, v = (t.unflatten(1, (-1, a.num_heads)).transpose(1, 2) for t in queries_keys_values(a, x.flatten(0, 1)))
     return a.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
 
-# %% ../nbs/17_speed.ipynb #38187f41
+# %% ../nbs/17_speed.ipynb #2046a97d
 PIECE = 1024                                         # tokens that go through a feed-forward layer at a time
 
-def think(ff: FeedForward, x: Tensor) -> Tensor:
+def think(ff: Any, x: Tensor) -> Tensor:
     "A feed-forward layer, `PIECE` tokens at a time: `(..., c)` -> the same shape."
     (value, gate), (to_value, to_gate) = ff.net[0].proj.weight.chunk(2), ff.net[0].proj.bias.chunk(2)
     parts = []
@@ -195,9 +201,9 @@ def think(ff: FeedForward, x: Tensor) -> Tensor:
         parts.append(ff.net[2](wide.mul_(F.linear(part, value, to_value))))
     return torch.cat(parts).view(x.shape) if len(parts) > 1 else parts[0].view(x.shape)
 
-# %% ../nbs/17_speed.ipynb #04747afe
-def convolve(conv: nn.Conv2d, x: Tensor, bias: Tensor | None) -> Tensor:
-    return as_clips(F.conv2d(as_images(x), conv.weight, bias, conv.stride, conv.padding), x.shape[1])
+# %% ../nbs/17_speed.ipynb #1a041d3e
+def convolve(conv: nn.Conv2d, x: Tensor, bias: Tensor | None, weight: Tensor | None = None) -> Tensor:
+    return as_clips(F.conv2d(as_images(x), conv.weight if weight is None else weight, bias, conv.stride, conv.padding), x.shape[1])
 
 def normalise(norm: VideoGroupNorm, x: Tensor) -> Tensor:
     if not norm.across_frames: return as_clips(nn.GroupNorm.forward(norm, as_images(x)), x.shape[1])
@@ -206,13 +212,13 @@ def normalise(norm: VideoGroupNorm, x: Tensor) -> Tensor:
 def project(layer: nn.Module, x: Tensor) -> Tensor:
     return F.linear(x, layer.weight.flatten(1), layer.bias)  # type: ignore[operator, arg-type]
 
-# %% ../nbs/17_speed.ipynb #6f20ee2e
-def resnet_block(block: ResnetBlock, x: Tensor, time: Tensor) -> Tensor:
-    "`time` `(n, c)` of `read_time`: one for all videos becomes the bias, one for each is added."
+# %% ../nbs/17_speed.ipynb #b36847d1
+def resnet_block(block: ResnetBlock, x: Tensor, time: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:
+    "`time` `(n, c)` of `read_time`: one for all videos becomes the bias, one for each is added. `weights`: of the convolutions."
     h, act = normalise(block.norm1, x), block.nonlinearity
-    if len(time) == 1: h = convolve(block.conv1, act(h), time[0])
-    else: h = convolve(block.conv1, act(h), None) + time[:, None, None, None]
-    h = convolve(block.conv2, act(normalise(block.norm2, h)), block.conv2.bias)
+    if len(time) == 1: h = convolve(block.conv1, act(h), time[0], weights[0])
+    else: h = convolve(block.conv1, act(h), None, weights[0]) + time[:, None, None, None]
+    h = convolve(block.conv2, act(normalise(block.norm2, h)), block.conv2.bias, weights[1])
     return ((x if block.conv_shortcut is None else project(block.conv_shortcut, x)) + h) / block.output_scale
 
 # %% ../nbs/17_speed.ipynb #d71539a5
@@ -220,8 +226,8 @@ def widen(x: Tensor, n: int) -> Tensor:
     "One clip as a batch of `n`, in the same memory; a batch stays as it is."
     return x.expand(n, *x.shape[1:])
 
-# %% ../nbs/17_speed.ipynb #a9325661
-def spatial_transformer(layer: SpatialTransformer, x: Tensor, texts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+# %% ../nbs/17_speed.ipynb #7800911f
+def spatial_transformer(layer: Any, x: Tensor, texts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     tokens = project(layer.proj_in, normalise(layer.norm, x).flatten(2, 3))                      # b f s c
     for block, read in zip(layer.transformer_blocks, texts):
         tokens = tokens + among_pixels(block.attn1, block.norm1(tokens))
@@ -230,8 +236,8 @@ def spatial_transformer(layer: SpatialTransformer, x: Tensor, texts: Sequence[tu
         tokens = tokens + think(block.ff, block.norm3(tokens))
     return widen(x, len(tokens)) + project(layer.proj_out, tokens).unflatten(2, x.shape[2:4])
 
-# %% ../nbs/17_speed.ipynb #25c622f4
-def motion_module(module: MotionModule, x: Tensor, motion_context: Tensor | None) -> Tensor:
+# %% ../nbs/17_speed.ipynb #63f0d8a9
+def motion_module(module: Any, x: Tensor, motion_context: Tensor | None) -> Tensor:
     if not module.enabled: return x
     tokens = project(module.proj_in, normalise(module.norm, x).flatten(2, 3))                    # b f s c
     if module.context is not None and motion_context is not None:
@@ -255,24 +261,31 @@ def upsample(layer: Upsample, x: Tensor, size: Sequence[int], kernel: Tensor) ->
         return as_clips(F.conv_transpose2d(as_images(x), kernel, layer.conv.bias, stride=2, padding=1), x.shape[1])
     return convolve(layer.conv, as_clips(F.interpolate(as_images(x), size=tuple(size)), x.shape[1]), layer.conv.bias)
 
-# %% ../nbs/17_speed.ipynb #571e0b20
+# %% ../nbs/17_speed.ipynb #a9d3275f
 class Kit(NamedTuple):
-    "What a call needs beyond the clip: of `read_time` for each ResNet block, `read_text` for each attention, `spread` for each upsampler."
+    "What a call needs beyond the clip: of `read_time` for each ResNet block, `read_text` for each attention, `spread` for each upsampler, and `weights`."
     times: list[Tensor]
     texts: list[list[tuple[Tensor, Tensor]]]
     kernels: list[Tensor]
+    weights: list[tuple[Tensor, Tensor]]
     motion_context: Tensor | None = None
 
-# %% ../nbs/17_speed.ipynb #92a469f1
+# %% ../nbs/17_speed.ipynb #ff7d23a7
+def weights_of(unet: UNet3DConditionModel) -> list[tuple[Tensor, Tensor]]:
+    "Of every ResNet block in turn, both convolutions' weights, channels last."
+    def last(conv: nn.Conv2d) -> Tensor: return conv.weight.contiguous(memory_format=torch.channels_last)
+    return [(last(resnet.conv1), last(resnet.conv2)) for stage in stages(unet) for resnet in stage.resnets]
+
+# %% ../nbs/17_speed.ipynb #f98c1e41
 class Walk:
     "The layers of a UNet in the order in which they run, each with its part of the `kit`."
 
     def __init__(self, kit: Kit):
-        self.times, self.texts, self.kernels = map(iter, kit[:3])
+        self.times, self.texts, self.kernels, self.weights = iter(kit.times), iter(kit.texts), iter(kit.kernels), iter(kit.weights)
         self.motion_context = kit.motion_context
 
     def layer(self, stage: Any, i: int, x: Tensor) -> Tensor:
-        x = resnet_block(stage.resnets[i], x, next(self.times))
+        x = resnet_block(stage.resnets[i], x, next(self.times), next(self.weights))
         if stage.attentions is not None and i < len(stage.attentions): x = spatial_transformer(stage.attentions[i], x, next(self.texts))
         if stage.motion_modules is None or i >= len(stage.motion_modules): return x
         return motion_module(stage.motion_modules[i], x, self.motion_context)
@@ -312,13 +325,13 @@ def network(unet: Any, sample: Tensor, kit: Kit, batch: int, deep: Tensor | None
     x = convolve(unet.conv_out, F.silu(normalise(unet.conv_norm_out, x)), unet.conv_out.bias)
     return widen(x, batch).permute(0, 4, 1, 2, 3), deep
 
-# %% ../nbs/17_speed.ipynb #90b7e1b7
+# %% ../nbs/17_speed.ipynb #d19bb6c1
 def shallow(unet: Any, kit: Kit, x: Tensor) -> tuple[Walk, list[Tensor]]:
     "The outermost stage of the way down only; then a walk that is ready for the last stage of the way up."
     down, up = unet.down_blocks[0], unet.up_blocks[-1]
     stored = walk_down(unet, Walk(kit), x, [down])
-    texts = 0 if up.attentions is None else len(up.attentions)
-    return Walk(Kit(kit.times[-len(up.resnets):], kit.texts[len(kit.texts) - texts:], [], kit.motion_context)), stored
+    texts, last = 0 if up.attentions is None else len(up.attentions), -len(up.resnets)
+    return Walk(Kit(kit.times[last:], kit.texts[len(kit.texts) - texts:], [], kit.weights[last:], kit.motion_context)), stored
 
 # %% ../nbs/17_speed.ipynb #165245ee
 KNOWN = {ResnetBlock, VideoGroupNorm, InflatedConv2d, TimestepEmbedding, Downsample, Upsample, Attention, GEGLU, FeedForward,
@@ -363,7 +376,7 @@ class FastUNet(UNet3DConditionModel):
         alike = motion_context is None and len(kit.times[0]) == 1 and bool((sample == sample[:1]).all())
         return step(self, sample[:1] if alike else sample, kit, len(sample), key)
 
-# %% ../nbs/17_speed.ipynb #297e0e95
+# %% ../nbs/17_speed.ipynb #fda5dfd2
 def make_kit(unet: FastUNet, batch: int, timestep: Any, text: Tensor, context: Tensor | None, added: Any, condition: Any) -> tuple[Kit, Any]:
     "The kit of a call, as much of it as possible from `unet.once`, and the key of its text."
     once, key = unet.once, content(text)
@@ -373,9 +386,9 @@ def make_kit(unet: FastUNet, batch: int, timestep: Any, text: Tensor, context: T
     def clock() -> list[Tensor]: return read_time(unet, unet.embed_time(times[0] if shared else timestep, 1 if shared else batch, added, condition))
     def read() -> list: return [[read_text(block.attn2, text) for block in layer.transformer_blocks]
                                 for stage in stages(unet) if stage.attentions is not None for layer in stage.attentions]
-    def kernels() -> list[Tensor]: return [spread(stage.upsamplers[0].conv.weight) for stage in unet.up_blocks if stage.upsamplers is not None]
+    def kernels() -> list[Tensor]: return [spread(stage.upsamplers[0].conv.weight) for stage in stages(unet)[-len(unet.up_blocks):] if stage.upsamplers is not None]
     clocks = once(("time", *times, batch * (not shared)), clock) if plain else clock()
-    return Kit(clocks, once(("text", key), read), once("kernels", kernels), context), key
+    return Kit(clocks, once(("text", key), read), once("kernels", kernels), once("weights", lambda: weights_of(unet)), context), key
 
 # %% ../nbs/17_speed.ipynb #8488ec69
 def step(unet: FastUNet, sample: Tensor, kit: Kit, batch: int, key: Any) -> Tensor:
@@ -387,7 +400,7 @@ def step(unet: FastUNet, sample: Tensor, kit: Kit, batch: int, key: Any) -> Tens
     state[:] = state[0] + 1, deep
     return out
 
-# %% ../nbs/17_speed.ipynb #a7b0a906
+# %% ../nbs/17_speed.ipynb #f2678656
 class FastPipeline(AnimationPipeline):
     """`AnimationPipeline` with a `FastUNet`: the same frames in less time, from `FastPipeline.from_pretrained` or `fast_pipeline`.
 
@@ -399,8 +412,8 @@ class FastPipeline(AnimationPipeline):
         fast = unet if isinstance(unet, FastUNet) and unet.every == every else FastUNet(unet, every)
         super().__init__(fast, vae, text_encoder, tokenizer, scheduler)
 
-    def __call__(self, *args: Any, **options: Any) -> Any:  # type: ignore[override]
-        with self.unet.once: return super().__call__(*args, **options)  # type: ignore[attr-defined, union-attr]
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        with self.unet.once: return super().__call__(*args, **options)  # type: ignore[union-attr]
 
 # %% ../nbs/17_speed.ipynb #3ba29b89
 def fast_pipeline(pipe: AnimationPipeline, every: int = 1) -> FastPipeline:
@@ -408,14 +421,14 @@ def fast_pipeline(pipe: AnimationPipeline, every: int = 1) -> FastPipeline:
     if not isinstance(pipe, AnimationPipeline): raise TypeError(f"fast_pipeline takes an AnimationPipeline; this is a {type(pipe).__name__}.")
     return FastPipeline(pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.scheduler, every)
 
-# %% ../nbs/17_speed.ipynb #fb5e166f
+# %% ../nbs/17_speed.ipynb #302a7283
 def score(pipe: AnimationPipeline, scenes: Sequence[Scene], **options: Any) -> float:
     "How much of what the captions ask for (colour, shape, motion, background) the evaluation finds in the clips: 0 to 100. `options` are the pipeline's."
     kinds, found = ("colour", "shape", "motion", "background"), []
     for seed, scene in enumerate(scenes):
         row = judge(scene, pipe(scene.caption, seed=seed, progress=False, **options).frames)
         found += [row[kind] for kind in kinds]
-    return 100 * sum(found) / len(found)  # type: ignore[arg-type]
+    return 100 * sum(map(bool, found)) / len(found)
 
 # %% ../nbs/17_speed.ipynb #d3c0bc26
 def time_against_quality(pipes: Mapping[str, AnimationPipeline], scenes: Sequence[Scene], rounds: int = 2, **options: Any) -> str:
@@ -454,27 +467,32 @@ class Trials(list[Trial]):
         rows = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in self.rows()]
         return "<table>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>"
 
-# %% ../nbs/17_speed.ipynb #df2980c3
+# %% ../nbs/17_speed.ipynb #10659d48
 def peak_of(run: Callable[[], Any]) -> int:
-    "The most bytes that `run()` holds at a time on the CPU, beyond what was there before."
+    "The most bytes that `run()` holds at a time, beyond what was there before: on the CPU, or on a GPU that is in use."
+    if torch.cuda.is_initialized():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof: run()
     now = top = 0
     for _, size, _ in profiled(prof): now, top = now + size, max(top, now + size)
     return top
 
-# %% ../nbs/17_speed.ipynb #8f4fd079
+# %% ../nbs/17_speed.ipynb #c3af403e
 def twin(model: nn.Module) -> nn.Module:
     "Another model with the same parts, whose settings may differ."
     new = copy.copy(model)
     if isinstance(new, FastUNet): new.once = Once()
-    if "forward" in vars(new): new.forward = MethodType(new.forward.__func__, new)  # type: ignore[method-assign]
+    if "forward" in vars(new): vars(new)["forward"] = MethodType(vars(new)["forward"].__func__, new)
     return new
 
 def channels_last(model: nn.Module) -> nn.Module:
     "A copy with the weights of its convolutions in channels-last memory."
     return copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-# %% ../nbs/17_speed.ipynb #09aa8638
+# %% ../nbs/17_speed.ipynb #f652665b
 def forward_in_bf16(self: nn.Module, *args: Any, **options: Any) -> Any:
     device = next((p.device.type for p in self.parameters()), "cpu")
     with torch.autocast(device, torch.bfloat16): out = type(self).forward(self, *args, **options)
@@ -483,7 +501,7 @@ def forward_in_bf16(self: nn.Module, *args: Any, **options: Any) -> Any:
 def in_bf16(model: nn.Module) -> nn.Module:
     "A twin whose matrix products and convolutions run in bfloat16."
     new = twin(model)
-    new.forward = MethodType(forward_in_bf16, new)  # type: ignore[method-assign]
+    vars(new)["forward"] = MethodType(forward_in_bf16, new)
     return new
 
 # %% ../nbs/17_speed.ipynb #5d6e62c8
@@ -543,7 +561,7 @@ def run_exactly(model: nn.Module, inputs: tuple) -> Tensor:
     if isinstance(out, Tensor) and out.isfinite().all(): return out
     raise ValueError(f"The model gives a {type(out).__name__}, or numbers that are not finite: optimize_inference needs a finite tensor to compare with.")
 
-# %% ../nbs/17_speed.ipynb #8db2a79b
+# %% ../nbs/17_speed.ipynb #4fb0dd55
 def optimize_inference(model: Any, example_input: Any = None, limit: float = 1e-3, rounds: int = 5, backend: str | None = "inductor",
                        show: bool = True, **options: Any) -> tuple[Any, Trials]:
     """A module or an `AnimationPipeline` made as fast as it gets here, and the table of what each step gave: `(model, Trials)`.
@@ -555,22 +573,23 @@ def optimize_inference(model: Any, example_input: Any = None, limit: float = 1e-
     same seeds, is not more than 1 point worse; `options` are those of the pipeline's call. What cannot be done is in the table
     with its reason. `model` itself stays as it is. Bad input raises a TypeError or ValueError.
     """
-    network, inputs, scenes = check_example(model, example_input)
+    exactly, inputs, scenes = check_example(model, example_input)
     check_whole("rounds", rounds, 1, 1000, "give a whole number, at least 1.")
-    mode, exact = network.training, run_exactly(network.eval(), inputs)
-    best, good = network, score(model, scenes, **options) if scenes else 0.0
-    plan = {"work done once": lambda: FastUNet(best), "channels-last": lambda: channels_last(best), "bf16 autocast": lambda: in_bf16(best),
-            "dynamic int8": lambda: in_int8(network)} | ({"torch.compile": lambda: compiled(best, backend)} if backend else {})
+    mode, exact = exactly.training, run_exactly(exactly.eval(), inputs)
+    best: Any = exactly
+    good = score(model, scenes, **options) if scenes else 0.0
+    plan: dict[str, Callable[[], nn.Module]] = {"work done once": lambda: FastUNet(best), "channels-last": lambda: channels_last(best), "bf16 autocast": lambda: in_bf16(best),
+            "dynamic int8": lambda: in_int8(exactly)} | ({"torch.compile": lambda: compiled(best, backend)} if backend else {})
     with torch.no_grad():
-        took = median(alternate({"exact": lambda: network(*inputs)}, rounds)["exact"])
-        trials = Trials([Trial("as it is", took, peak_of(lambda: network(*inputs)), 0.0, True, "the exact output")])
+        took = median(alternate({"exact": lambda: exactly(*inputs)}, rounds)["exact"])
+        trials = Trials([Trial("as it is", took, peak_of(lambda: exactly(*inputs)), 0.0, True, "the exact output")])
     for name, make in plan.items():
         new, trial = attempt(make, best, exact, inputs, rounds)
         if trial.kept and scenes and (worse := good - score(with_unet(model, new), scenes, **options)) > 1: trial = trial._replace(kept=False, why=f"{worse:.0f} points worse")
         if trial.kept and not scenes and not trial.distance <= limit: trial = trial._replace(kept=False, why=f"further than {limit:g} from the exact output")
         if trial.kept and new is not None: best = new
         trials.append(trial._replace(step=name))
-    network.train(mode)
+    exactly.train(mode)
     if show: print(trials)
     return (with_unet(model, best) if scenes else best), trials
 
