@@ -1092,6 +1092,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'animatediff_lit.speed.run_exactly': ('speed.html#run_exactly', 'animatediff_lit/speed.py'),
                                        'animatediff_lit.speed.score': ('speed.html#score', 'animatediff_lit/speed.py'),
                                        'animatediff_lit.speed.shallow': ('speed.html#shallow', 'animatediff_lit/speed.py'),
+                                       'animatediff_lit.speed.share_found': ('speed.html#share_found', 'animatediff_lit/speed.py'),
                                        'animatediff_lit.speed.spatial_transformer': ( 'speed.html#spatial_transformer',
                                                                                       'animatediff_lit/speed.py'),
                                        'animatediff_lit.speed.spread': ('speed.html#spread', 'animatediff_lit/speed.py'),

@@ -36,9 +36,9 @@ __all__ = ['SPREAD', 'PIECE', 'KNOWN', 'alternate', 'ratio', 'where_time_goes', 
            'queries_keys_values', 'among_frames', 'among_pixels', 'think', 'convolve', 'normalise', 'project',
            'resnet_block', 'widen', 'spatial_transformer', 'motion_module', 'downsample', 'upsample', 'Kit',
            'weights_of', 'Walk', 'walk_down', 'walk_up', 'network', 'shallow', 'check_known', 'FastUNet', 'make_kit',
-           'step', 'FastPipeline', 'fast_pipeline', 'score', 'time_against_quality', 'Trial', 'Trials', 'peak_of',
-           'twin', 'channels_last', 'forward_in_bf16', 'in_bf16', 'in_int8', 'compiled', 'distance', 'attempt',
-           'check_example', 'run_exactly', 'optimize_inference', 'with_unet']
+           'step', 'FastPipeline', 'fast_pipeline', 'share_found', 'score', 'time_against_quality', 'Trial', 'Trials',
+           'peak_of', 'twin', 'channels_last', 'forward_in_bf16', 'in_bf16', 'in_int8', 'compiled', 'distance',
+           'attempt', 'check_example', 'run_exactly', 'optimize_inference', 'with_unet']
 
 # %% ../nbs/17_speed.ipynb #7ed89410
 def alternate(runs: Mapping[str, Callable[[], Any]], rounds: int = 5, warmup: int = 1,
@@ -421,22 +421,25 @@ def fast_pipeline(pipe: AnimationPipeline, every: int = 1) -> FastPipeline:
     if not isinstance(pipe, AnimationPipeline): raise TypeError(f"fast_pipeline takes an AnimationPipeline; this is a {type(pipe).__name__}.")
     return FastPipeline(pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.scheduler, every)
 
-# %% ../nbs/17_speed.ipynb #302a7283
-def score(pipe: AnimationPipeline, scenes: Sequence[Scene], **options: Any) -> float:
-    "How much of what the captions ask for (colour, shape, motion, background) the evaluation finds in the clips: 0 to 100. `options` are the pipeline's."
-    kinds, found = ("colour", "shape", "motion", "background"), []
-    for seed, scene in enumerate(scenes):
-        row = judge(scene, pipe(scene.caption, seed=seed, progress=False, **options).frames)
-        found += [row[kind] for kind in kinds]
-    return 100 * sum(map(bool, found)) / len(found)
+# %% ../nbs/17_speed.ipynb #7050a919
+def share_found(scenes: Sequence[Scene], clips: Sequence[Any]) -> float:
+    "How much of what the scenes' captions ask for (colour, shape, motion, background) the evaluation finds in the clips: 0 to 100."
+    rows = [judge(scene, clip.frames) for scene, clip in zip(scenes, clips, strict=True)]
+    return 100 * sum(bool(row[kind]) for row in rows for kind in ("colour", "shape", "motion", "background")) / (4 * len(rows))
 
-# %% ../nbs/17_speed.ipynb #d3c0bc26
-def time_against_quality(pipes: Mapping[str, AnimationPipeline], scenes: Sequence[Scene], rounds: int = 2, **options: Any) -> str:
-    "Markdown: for each of the named pipelines, the time of a clip, beside the first one's, and its `score` on the scenes."
-    runs = {name: lambda pipe=pipe: pipe(scenes[0].caption, progress=False, **options) for name, pipe in pipes.items()}
-    seconds, first = alternate(runs, rounds), next(iter(pipes))
-    lines = [f"| {name} | {median(seconds[name]):.2f} | {ratio(seconds, name, first)[0]:.2f} | {score(pipe, scenes, **options):.0f} |"
-             for name, pipe in pipes.items()]
+def score(pipe: AnimationPipeline, scenes: Sequence[Scene], **options: Any) -> float:
+    "`share_found` in one clip for each scene, with the seeds 0, 1 and so on; `options` are the pipeline's."
+    return share_found(scenes, [pipe(scene.caption, seed=seed, **{"progress": False} | options) for seed, scene in enumerate(scenes)])
+
+# %% ../nbs/17_speed.ipynb #85a1a769
+def time_against_quality(pipes: Mapping[str, AnimationPipeline], scenes: Sequence[Scene], **options: Any) -> str:
+    "Markdown: for each of the named pipelines the time of a clip, beside the first one's, and its `share_found`. One clip for each scene, in turns."
+    clips: dict[str, list[Any]] = {name: [] for name in pipes}
+    def clip(name: str) -> None:
+        n = len(clips[name])
+        clips[name].append(pipes[name](scenes[n].caption, seed=n, **{"progress": False} | options))
+    seconds = alternate({name: lambda name=name: clip(name) for name in pipes}, rounds=len(scenes), warmup=0)
+    lines = [f"| {name} | {median(seconds[name]):.2f} | {ratio(seconds, name, next(iter(pipes)))[0]:.2f} | {share_found(scenes, clips[name]):.0f} |" for name in pipes]
     return "\n".join(["| | seconds for a clip | of the first | found, of 100 |", "| --- | ---: | ---: | ---: |", *lines])
 
 # %% ../nbs/17_speed.ipynb #338ffcc4
