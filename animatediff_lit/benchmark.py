@@ -141,10 +141,10 @@ def forward_calls(request: Request) -> dict[str, Callable[[], tuple[Tensor, ...]
     return {"ours": lambda: (ours(noisy, t, text).cpu(),),
             "diffusers": lambda: (theirs(noisy, t, encoder_hidden_states=repeated).sample.cpu(),)}
 
-# %% ../nbs/17b_benchmark.ipynb #166a460b
+# %% ../nbs/17b_benchmark.ipynb #b56aa6e2
 def their_pipeline(pipe: AnimationPipeline) -> Any:
     "diffusers' `AnimateDiffPipeline` around the parts of ours, with a scheduler of its own."
-    from diffusers import AnimateDiffPipeline
+    with quiet(): from diffusers import AnimateDiffPipeline
     theirs = AnimateDiffPipeline(pipe.vae, pipe.text_encoder, pipe.tokenizer, twin(pipe.unet), None, type(pipe.scheduler).from_config(pipe.scheduler.config))
     theirs.set_progress_bar_config(disable=True)
     return theirs
