@@ -207,7 +207,7 @@ def alone(side: str, request: Request) -> dict[str, int]:
     if done.returncode == 0: return json.loads(done.stdout.splitlines()[-1])
     raise RuntimeError(f"The memory of {side} could not be measured: {last_line(RuntimeError(done.stderr)) if done.stderr.strip() else f'exit status {done.returncode}'}")
 
-# %% ../nbs/17b_benchmark.ipynb #c7faee96
+# %% ../nbs/17b_benchmark.ipynb #02086624
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 def measure(request: Request, rounds: int = 5, clock: str = "wall", memory: bool = True) -> dict[str, Any]:
@@ -224,8 +224,9 @@ def measure(request: Request, rounds: int = 5, clock: str = "wall", memory: bool
     if row["status"] == "FAIL": return row | {"reason": "the outputs differ"}
     row["seconds"] = alternate(runs, rounds, 0, CLOCKS[clock])                 # the comparison was the warm-up
     row["time"] = ratio(row["seconds"], "ours", "diffusers")
-    if memory: row |= memory_of(request)
-    return row
+    del runs                                                                   # what it holds is in the way of the next
+    gc.collect()
+    return row | (memory_of(request) if memory else {})
 
 # %% ../nbs/17b_benchmark.ipynb #5702015c
 def memory_of(request: Request) -> dict[str, Any]:
