@@ -151,15 +151,16 @@ def their_pipeline(pipe: AnimationPipeline) -> Any:
     theirs.set_progress_bar_config(disable=True)
     return theirs
 
-# %% ../nbs/17b_benchmark.ipynb #17d713a4
+# %% ../nbs/17b_benchmark.ipynb #331ecb41
 def clip_calls(request: Request) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
     "A whole clip of nano on each side: the latents before they are decoded, and the frames in bytes."
     with quiet(): pipe = AnimationPipeline.from_pretrained("nano").to(request.device, getattr(torch, request.dtype))
-    theirs, prompt, kept = their_pipeline(pipe), "a red star moving left", {}
+    theirs, prompt = their_pipeline(pipe), "a red star moving left"
     unet = prepare(pipe.unet, theirs.unet, request.mode)
     kind = FastPipeline if isinstance(unet, FastUNet) else AnimationPipeline
     pipe = kind(unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.scheduler)
     noise = torch.randn(1, 4, request.frames, 8, 8, generator=torch.Generator().manual_seed(0)).to(pipe.unet.conv_in.weight)
+    kept: dict[str, Tensor] = {}
     options: dict[str, Any] = dict(num_inference_steps=request.steps, guidance_scale=2.0, latents=noise)
     def ours() -> tuple[Tensor, ...]:
         video = pipe(prompt, request.frames, progress=False, callback=lambda i, t, latents: kept.update(ours=latents), **options)
