@@ -257,7 +257,7 @@ def test_what_is_kept_is_faster_and_near():
 
 
 def test_a_limit_that_nothing_misses_and_one_that_all_miss(monkeypatch):
-    monkeypatch.setattr(speed, "ratio", lambda *_: (0.5, 0.5, 0.5))            # everything counts as faster
+    monkeypatch.setattr(speed, "alternate", lambda runs, *_, **__: {name: [0.5 if name == "new" else 1.0] for name in runs})            # everything counts as faster
     layer, x = FeedForward(16).eval(), torch.randn(64, 16)
     model, trials = optimize_inference(layer, x, limit=10.0, backend=None, rounds=1, show=False)
     assert trials[-1].kept and any("quantized" in type(m).__module__ for m in model.modules()) and type(layer.net[2]) is nn.Linear
@@ -266,7 +266,7 @@ def test_a_limit_that_nothing_misses_and_one_that_all_miss(monkeypatch):
 
 
 def test_a_pipeline_keeps_nothing_that_the_evaluation_sees(pipe, monkeypatch):
-    monkeypatch.setattr(speed, "ratio", lambda *_: (0.5, 0.5, 0.5))
+    monkeypatch.setattr(speed, "alternate", lambda runs, *_, **__: {name: [0.5 if name == "new" else 1.0] for name in runs})
     scores = iter([80.0, 80.0, 79.5, 78.4, 60.0])
     monkeypatch.setattr(speed, "score", lambda *_, **__: next(scores))
     best, trials = optimize_inference(pipe, grid(1), backend=None, rounds=1, show=False, **{k: v for k, v in CALL.items() if k != "progress"})
