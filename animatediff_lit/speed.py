@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from statistics import median
 from types import MethodType
 from typing import Any, NamedTuple
@@ -438,7 +439,7 @@ def time_against_quality(pipes: Mapping[str, AnimationPipeline], scenes: Sequenc
     def clip(name: str) -> None:
         n = len(clips[name])
         clips[name].append(pipes[name](scenes[n].caption, seed=n, **{"progress": False} | options))
-    seconds = alternate({name: lambda name=name: clip(name) for name in pipes}, rounds=len(scenes), warmup=0)
+    seconds = alternate({name: partial(clip, name) for name in pipes}, rounds=len(scenes), warmup=0)
     lines = [f"| {name} | {median(seconds[name]):.2f} | {ratio(seconds, name, next(iter(pipes)))[0]:.2f} | {share_found(scenes, clips[name]):.0f} |" for name in pipes]
     return "\n".join(["| | seconds for a clip | of the first | found, of 100 |", "| --- | ---: | ---: | ---: |", *lines])
 

@@ -460,7 +460,8 @@ def trail_of(scene: Scene, t: np.ndarray, size: int, paint: Callable[[Tensor], T
     "What is painted under the object in its colour, as opacities `(n, size, size)`: ghosts of earlier times, or an arc."
     if scene.motion == "standing still" or scene.motion == "growing" and paint is coverage: return []
     if scene.motion.startswith("spinning"):
-        return [turn_arc(*scene.path(t), 1 if scene.motion == "spinning clockwise" else -1, size)]
+        x, y, radius, angle = scene.path(t)
+        return [turn_arc(x, y, radius, angle, 1 if scene.motion == "spinning clockwise" else -1, size)]
     step = 1 if scene.motion in ("bouncing", "orbiting") else 2                         # fast motions leave closer ghosts
     return [opacity * paint(silhouette(scene.shape, *scene.path(t - age), size=size))
             for age, opacity in ((3 * step, .12), (2 * step, .24), (step, .38))]
