@@ -234,6 +234,7 @@ def memory_of(request: Request) -> dict[str, Any]:
     "What a row says about memory: the `bytes` of each side, and the ratio `memory`; or the `reason` why there are none."
     try: found = {side: alone(side, request) for side in ("ours", "diffusers")}
     except RuntimeError as error: return {"reason": str(error)}
+    if not found["diffusers"]["call"]: return {"bytes": found, "reason": "the call needs too little memory to be measured"}
     return {"bytes": found, "memory": found["ours"]["call"] / found["diffusers"]["call"]}
 
 # %% ../nbs/17b_benchmark.ipynb #9d278de3
