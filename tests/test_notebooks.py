@@ -247,7 +247,7 @@ def stale_cells(kept: Path, new: Path) -> list[str]:
 @pytest.fixture(scope="session")
 def runs(request, tmp_path_factory):
     "The run of every notebook that was chosen, as many at a time as there are cores, with one thread each."
-    chosen = [item.callspec.params["notebook"] for item in request.session.items if getattr(item, "originalname", "") == "test_runs"]
+    chosen = [item.callspec.params["notebook"] for item in request.session.items if getattr(item, "function", None) is test_runs]
     pool = ThreadPoolExecutor(cores())
     yield {n: pool.submit(run, n, tmp_path_factory.mktemp(n.stem), OMP_NUM_THREADS="1", MKL_NUM_THREADS="1") for n in chosen}
     pool.shutdown(cancel_futures=True)
