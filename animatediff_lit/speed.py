@@ -22,14 +22,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from .blocks import ACTIVATIONS, Downsample, InflatedConv2d, ResnetBlock, TimestepEmbedding, Upsample, VideoGroupNorm
-from .evaluation import grid, judge
+from .evaluation import generate, grid, judge
 from .memory import example_inputs, human, profiled
 from .motion import MotionContext, MotionModule, TemporalTransformerBlock
 from .pipeline import AnimationPipeline, check_whole, first_line
 from .spatial import GEGLU, Attention, FeedForward, PixelLinear, SpatialTransformer, SpatialTransformerBlock
 from .temporal import MemoryEfficientAttention, PositionEncoding, TemporalAttention
 from .unet import DownBlock3D, MidBlock3D, UNet3DConditionModel, UpBlock3D, check_inputs
-from .video import Scene
+from .video import WORLD, Scene
 
 # %% auto #0
 __all__ = ['SPREAD', 'PIECE', 'KNOWN', 'alternate', 'ratio', 'where_time_goes', 'count_flops', 'machine_rate', 'read_text',
@@ -378,7 +378,7 @@ class FastUNet(UNet3DConditionModel):
         return step(self, sample[:1] if alike else sample, kit, len(sample), key)
 
 # %% ../nbs/17_speed.ipynb #fda5dfd2
-def make_kit(unet: FastUNet, batch: int, timestep: Any, text: Tensor, context: Tensor | None, added: Any, condition: Any) -> tuple[Kit, Any]:
+def make_kit(unet: Any, batch: int, timestep: Any, text: Tensor, context: Tensor | None, added: Any, condition: Any) -> tuple[Kit, Any]:
     "The kit of a call, as much of it as possible from `unet.once`, and the key of its text."
     once, key = unet.once, content(text)
     once("known", lambda: check_known(unet))
@@ -387,7 +387,7 @@ def make_kit(unet: FastUNet, batch: int, timestep: Any, text: Tensor, context: T
     def clock() -> list[Tensor]: return read_time(unet, unet.embed_time(times[0] if shared else timestep, 1 if shared else batch, added, condition))
     def read() -> list: return [[read_text(block.attn2, text) for block in layer.transformer_blocks]
                                 for stage in stages(unet) if stage.attentions is not None for layer in stage.attentions]
-    def kernels() -> list[Tensor]: return [spread(stage.upsamplers[0].conv.weight) for stage in stages(unet)[-len(unet.up_blocks):] if stage.upsamplers is not None]
+    def kernels() -> list[Tensor]: return [spread(stage.upsamplers[0].conv.weight) for stage in unet.up_blocks if stage.upsamplers is not None]
     clocks = once(("time", *times, batch * (not shared)), clock) if plain else clock()
     return Kit(clocks, once(("text", key), read), once("kernels", kernels), once("weights", lambda: weights_of(unet)), context), key
 
@@ -426,11 +426,11 @@ def fast_pipeline(pipe: AnimationPipeline, every: int = 1) -> FastPipeline:
 def share_found(scenes: Sequence[Scene], clips: Sequence[Any]) -> float:
     "How much of what the scenes' captions ask for (colour, shape, motion, background) the evaluation finds in the clips: 0 to 100."
     rows = [judge(scene, clip.frames) for scene, clip in zip(scenes, clips, strict=True)]
-    return 100 * sum(bool(row[kind]) for row in rows for kind in ("colour", "shape", "motion", "background")) / (4 * len(rows))
+    return 100 * sum(bool(row[kind]) for row in rows for kind in WORLD) / (len(WORLD) * len(rows))
 
 def score(pipe: AnimationPipeline, scenes: Sequence[Scene], **options: Any) -> float:
     "`share_found` in one clip for each scene, with the seeds 0, 1 and so on; `options` are the pipeline's."
-    return share_found(scenes, [pipe(scene.caption, seed=seed, **{"progress": False} | options) for seed, scene in enumerate(scenes)])
+    return share_found(scenes, generate(pipe, scenes, batch=1, **options))
 
 # %% ../nbs/17_speed.ipynb #85a1a769
 def time_against_quality(pipes: Mapping[str, AnimationPipeline], scenes: Sequence[Scene], **options: Any) -> str:

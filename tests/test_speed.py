@@ -169,9 +169,7 @@ def test_nothing_is_kept_behind_a_failed_clip(pipe):
 # ---- cached steps
 def test_cached_steps_run_the_inner_stages_less_often():
     model = unet()
-    fast, inputs, calls = FastUNet(model, every=2), question(model), []
-    handle = model.mid_block.register_forward_pre_hook(lambda *_: calls.append(1))
-    handle.remove()
+    fast, inputs = FastUNet(model, every=2), question(model)
     with fast.once: work = [count_flops(lambda: fast(*inputs)) for _ in range(4)]
     assert work[1] == work[3] < 0.8 * work[2] and work[2] <= work[0]
     exact = FastUNet(model)(*inputs)
