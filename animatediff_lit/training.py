@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections import defaultdict
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping, Sequence
@@ -102,7 +102,7 @@ class Run:
         self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not self.trainable: raise ValueError("Nothing to train: every parameter of the model is frozen.")
         self.average = {n: p.detach().clone() for n, p in self.trainable.items()}
-        self.optimizer = torch.optim.AdamW(self.trainable.values(), lr=recipe.lr, betas=(0.9, 0.99), weight_decay=recipe.weight_decay)
+        self.optimizer = torch.optim.AdamW(self.trainable.values(), lr=recipe.lr, betas=(0.9, 0.99), eps=1e-6, weight_decay=recipe.weight_decay)
 
     def state(self) -> dict[str, Any]:
         return {"step": self.step, "history": self.history, "recipe": asdict(self.recipe), "optimizer": self.optimizer.state_dict(),
@@ -295,9 +295,9 @@ def train_motion(unet: UNet3DConditionModel, data: LatentClips, recipe: Recipe, 
 
 # %% ../nbs/10_training.ipynb #80b81839
 @torch.no_grad()
-def reversal_probe(pipe: AnimationPipeline, scenes: Sequence[Scene], t: int, seed: int = 0) -> dict[str, float]:
+def reversal_probe(pipe: AnimationPipeline, scenes: Sequence[Scene], t: int, seed: int = 0, frames: int = 16) -> dict[str, float]:
     "How much the loss at timestep `t` rises, for each motion, when the caption's direction is reversed (0.1 = ten per cent)."
-    schedule, clean = NoiseSchedule.from_scheduler(pipe.scheduler), encode_video(pipe.vae, to_model(render_clips(scenes)).transpose(1, 2))
+    schedule, clean = NoiseSchedule.from_scheduler(pipe.scheduler), encode_video(pipe.vae, to_model(render_clips(scenes, frames)).transpose(1, 2))
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed))
     noisy, target, when = schedule.add_noise(clean, noise, t), schedule.target(clean, noise, t), torch.full((len(clean),), t)
     true, reversed_ = (pipe.unet(noisy, when, embed_captions(pipe.text_encoder, pipe.tokenizer, captions)).sub(target).square().mean((1, 2, 3, 4))
@@ -321,15 +321,19 @@ def tokenizer_for(captions: Sequence[Sequence[str]]) -> Any:
     return word_tokenizer(sorted({*world_words()}.union(*texts)), max(16, 2 + max(map(len, texts))))
 
 # %% ../nbs/10_training.ipynb #909e65d4
-def train_encoders(runs: Path, captions: Sequence[Sequence[str]], clips: Tensor, recipes: Mapping[str, Recipe], device: Any = "cpu") -> tuple[nn.Module, NanoCLIP, Any]:
+def train_encoders(runs: Path, captions: Sequence[Sequence[str]], clips: Tensor, recipes: Mapping[str, Recipe], device: Any = "cpu",
+                   accelerator: Any = None) -> tuple[nn.Module, NanoCLIP, Any]:
     "The autoencoder, with its scaling factor measured, and nano-CLIP: `(vae, clip, tokenizer)`, frozen."
     tokenizer = tokenizer_for(captions)
     torch.manual_seed(0)
+    processes, me = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
     vae, clip = nano_autoencoder().to(device), NanoCLIP(nano_text_encoder(tokenizer), VideoEncoder()).to(device)
     jobs: dict[str, tuple[nn.Module, Callable, Callable]] = {"autoencoder": (vae, draw_frames(clips), autoencoder_loss), "text": (clip, draw_pairs(captions, clips, tokenizer), contrastive_loss)}
-    for name, (model, draw, loss) in jobs.items():
-        fit(model, draw, loss, recipes[name], checkpoint=runs / f"{name}.ckpt", label=name)
-        model.eval().requires_grad_(False)
+    for mine in (True, False):                                         # each process its own, and then those that others wrote
+        for i, (name, (model, draw, loss)) in enumerate(jobs.items()):
+            if (i % processes == me) == mine: fit(model, draw, loss, recipes[name], checkpoint=runs / f"{name}.ckpt", label=name)
+        if mine and accelerator: accelerator.wait_for_everyone()
+    for model in (vae, clip): model.eval().requires_grad_(False)
     spread = encode_video(vae, to_model(clips[:256]).transpose(1, 2)).std().item()
     vae.register_to_config(scaling_factor=vae.config.scaling_factor / spread)
     return vae, clip, tokenizer
@@ -398,8 +402,7 @@ def train_nano(folder: str | Path, recipes: Mapping[str, Recipe] | None = None, 
     runs, scenes = folder.with_name(folder.name + "-runs"), [] if films else training_scenes(clips)
     captions, frames = film_clips(*films, clips) if films else ([captions_of(s) for s in scenes], render_clips(scenes))
     device = accelerator.device if accelerator else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with accelerator.main_process_first() if accelerator else nullcontext():
-        vae, clip, tokenizer = train_encoders(runs, captions, frames, recipes, device)
+    vae, clip, tokenizer = train_encoders(runs, captions, frames, recipes, device, accelerator)
     torch.manual_seed(3)
     pipe = AnimationPipeline(UNet3DConditionModel.from_preset("nano").to(device), vae, clip.text, tokenizer, nano_scheduler())
     judged = grid(11) if scenes else []
