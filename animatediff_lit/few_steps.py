@@ -126,11 +126,11 @@ def distil_nano(folder: str | Path, recipe: Recipe = RECIPE, clips: int = 1024, 
         write_record(folder, nano=before, recipe=asdict(recipe), clips=clips, history=history)
     return pipe
 
-# %% ../nbs/17c_few_steps.ipynb #7787a8d7
+# %% ../nbs/17c_few_steps.ipynb #66771070
 def paired(rows: Sequence[dict], base: Sequence[dict]) -> dict[str, list[float]]:
     "For every line of the table: how much more `rows` has than `base`, of the same scenes and seeds, and the 95 % interval of that."
     def values(rows: Sequence[dict]) -> dict[str, list]: return lines(rows) | {m: [r[m] for r in rows] for m in MEASURES}
-    more = {name: np.subtract(v, w, dtype=float) for (name, v), w in zip(values(rows).items(), values(base).values())}
+    more = {name: np.subtract(v, w, dtype=float).tolist() for (name, v), w in zip(values(rows).items(), values(base).values())}
     return {name: [round(float(x), 4) for x in interval(d)] for name, d in more.items() if len(d)}
 
 # %% ../nbs/17c_few_steps.ipynb #50476cc9
@@ -151,16 +151,17 @@ def time_share(slow: Callable, fast: Callable, turns: int = 3) -> list[float]:
     shares = sorted(seconds(fast) / seconds(slow) for _ in range(turns))
     return [round(s, 4) for s in (shares[turns // 2], shares[0], shares[-1])]
 
-# %% ../nbs/17c_few_steps.ipynb #ee9f2229
+# %% ../nbs/17c_few_steps.ipynb #3ce3b121
 def judge_nano(folder: str | Path, clips: int = 330) -> dict[str, Any]:
     "Judge the student in `folder` with 4 steps against nano with 25 and with 4, on `clips` clips, and put it into the record."
     folder, pipe, fast = Path(folder), AnimationPipeline.from_pretrained("nano"), AnimationPipeline.from_pretrained("nano")
     add_delta(fast.unet, folder / FOUR_STEPS.name)
-    many, few = dict(num_inference_steps=25, guidance_scale=2.0), dict(num_inference_steps=4, guidance_scale=1.0)
+    many: dict[str, Any] = dict(num_inference_steps=25, guidance_scale=2.0)
+    few: dict[str, Any] = dict(num_inference_steps=4, guidance_scale=1.0)
     rows = {"25 steps": json.loads((NANO / "evaluation.json").read_text(encoding="utf-8"))["rows"][:clips],
             "4 steps, student": clip_rows(fast, clips, **few), "4 steps, nano": clip_rows(pipe, clips, **few | {"guidance_scale": 2.0})}
     base = rows["25 steps"]
-    share = time_share(*(lambda p=p, o=o: p("a red star moving left", progress=False, **o) for p, o in ((pipe, many), (fast, few))))
+    share = time_share(lambda: pipe(base[0]["asked"], progress=False, **many), lambda: fast(base[0]["asked"], progress=False, **few))
     return write_record(folder, judged=clips, summary={name: summary(r) for name, r in rows.items()}, time=share,
                         more={name: paired(r, base) for name, r in rows.items() if r is not base})
 
