@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from animatediff_lit.debugging import fingerprint
 from animatediff_lit.diffusion import NoiseSchedule
 from animatediff_lit.evaluation import grid, judge, summary
-from animatediff_lit.few_steps import FOUR_STEPS, Segments, consistency_loss, distil, distil_nano, jump, main, noised_points, own_points, paired
+from animatediff_lit.few_steps import FOUR_STEPS, Segments, consistency_loss, distil, distil_nano, jump, main, paired
 from animatediff_lit.pipeline import NANO, AnimationPipeline, denoise, draw_noise, guide
 from animatediff_lit.training import LatentClips, Recipe, add_delta, nano_schedule, nano_scheduler
 from measure import ROOT
@@ -47,9 +47,10 @@ class Tiny(nn.Module):
         return torch.tanh(self.a * x + self.b * bent(x, t, text))
 
 
-def points(path: Segments, walk: int, n: int = 12) -> dict[str, Tensor]:
-    g, here = torch.Generator().manual_seed(0), torch.arange(n) * walk % (len(path.times) - 1)
-    return dict(x=torch.randn(n, 4, 3, 2, 2, generator=g), here=here, text=torch.randn(n, 1, 1, generator=g))
+def inputs(n: int = 12, last: int = 12) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    clean, noise = torch.randn(2, n, 4, 3, 2, 2, generator=g)
+    return dict(clean=clean, noise=noise, t=torch.arange(n) % last, text=torch.randn(n, 1, 1, generator=g))
 
 
 def data() -> LatentClips:
@@ -80,8 +81,7 @@ def test_segments_end_where_the_scheduler_stops(steps, per):
 
 @pytest.mark.parametrize("steps, per, walk", [(4, 3, 1), (4, 3, 3), (1, 12, 4), (2, 4, 2)])
 def test_a_perfect_student_has_no_loss_and_a_teacher_without_guidance_another(steps, per, walk):
-    rules = dict(teacher=always, blank=BLANK, path=(path := Segments(SCHEDULE, steps, per)), walk=walk)
-    x = points(path, walk)
+    rules, x = dict(teacher=always, blank=BLANK, path=Segments(SCHEDULE, steps, per), walk=walk), inputs(last=steps * per // walk)
     def guided(noisy: Tensor, t: Tensor, text: Tensor) -> Tensor: return always(noisy, t, 3 * text)
     loss, by_step = consistency_loss(guided, **x, **rules, scale=3.0)
     assert loss < 1e-8 and set(by_step) == {f"step {s + 1}" for s in range(steps)}
@@ -90,16 +90,15 @@ def test_a_perfect_student_has_no_loss_and_a_teacher_without_guidance_another(st
 
 @pytest.mark.parametrize("walk", [1, 3])
 def test_the_loss_is_its_definition(walk):
-    path, student = Segments(SCHEDULE, 4, 3), Tiny()
-    x = points(path, walk)
+    path, x, student = Segments(SCHEDULE, 4, 3), inputs(last=12 // walk), Tiny()
     def leap(model, z, a, b, text):
         out = guide(model(z, a[None], BLANK), model(z, a[None], text), 2.0) if model is bent else model(z, a[None].clamp(min=0), text)
         return SCHEDULE.ddim_step(out, z, int(a), int(b)) if a != b else z
     errors = []
     for b in range(12):
-        i, text = int(x["here"][b]), x["text"][[b]]
+        i, text = int(x["t"][b]) * walk, x["text"][[b]]
         end = path.times[(i // 3 + 1) * 3]
-        start = z = x["x"][[b]]
+        start = z = SCHEDULE.add_noise(x["clean"][[b]], x["noise"][[b]], int(path.times[i]))
         for j in range(i, i + walk): z = leap(bent, z, path.times[j], path.times[j + 1], text)
         target = leap(student, z, path.times[i + walk], end, text).detach()
         apart = leap(student, start, path.times[i], end, text) - target
@@ -109,27 +108,15 @@ def test_the_loss_is_its_definition(walk):
     assert torch.allclose(loss, torch.stack(errors).mean(), rtol=1e-4)
     got = torch.autograd.grad(loss, list(student.parameters()))                      # a target with gradients gives others
     assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-6) for a, b in zip(got, wanted))
-    steps = x["here"] // 3
+    steps = (x["t"] * walk) // 3
     for s in range(4): assert by_step[f"step {s + 1}"] == pytest.approx(torch.stack(errors)[steps == s].mean().item(), rel=1e-3)
 
 
-def test_points():
-    path, clips = Segments(SCHEDULE, 4, 3), data().draw(torch.Generator().manual_seed(0), 5, steps=6)
-    x, here, text = noised_points(path, 2, **clips)
-    assert here.tolist() == (2 * clips["t"]).tolist() and text is clips["text"]
-    assert torch.equal(x, SCHEDULE.add_noise(clips["clean"], clips["noise"], path.times[here]))
-    noise, text, seen = clips["noise"], clips["text"], []
-    denoise(student := Tiny(), nano_scheduler(), noise, text, steps=4, callback=lambda i, t, z: seen.append(z))
-    x, here, texts = own_points(student, path, noise, text)
-    assert torch.equal(x[:5], noise) and all(torch.allclose(x[5 * s + 5:5 * s + 10], seen[s], atol=1e-5) for s in range(3))
-    assert here.tolist() == [0] * 5 + [3] * 5 + [6] * 5 + [9] * 5 and torch.equal(texts, torch.cat([text] * 4)) and not x.requires_grad
-
-
-@pytest.mark.parametrize("walk, own", [(1, False), (3, False), (3, True)])
-def test_a_kill_changes_no_bit_and_the_teacher_stays(walk, own, tmp_path):
+@pytest.mark.parametrize("walk", [1, 3])
+def test_a_kill_changes_no_bit_and_the_teacher_stays(walk, tmp_path):
     recipe, teacher = Recipe(steps=6, batch=4, warmup=2, save_every=2), Tiny()
     whole, killed, resumed = Tiny(), Tiny(), Tiny()
-    options = dict(path=Segments(SCHEDULE, 4, 3), walk=walk, own=own, teacher=teacher)
+    options = dict(path=Segments(SCHEDULE, 4, 3), walk=walk, teacher=teacher)
     distil(whole, data(), BLANK, recipe, **options)
     distil(killed, data(), BLANK, recipe, **options, checkpoint=tmp_path / "x.ckpt", until=3)
     log = distil(resumed, data(), BLANK, recipe, **options, checkpoint=tmp_path / "x.ckpt")
@@ -137,7 +124,7 @@ def test_a_kill_changes_no_bit_and_the_teacher_stays(walk, own, tmp_path):
     assert all(torch.equal(a, b) and a.grad is None for a, b in zip(teacher.parameters(), Tiny().parameters()))
     assert not torch.equal(whole.a, teacher.a)
     alone = Tiny()
-    distil(alone, data(), BLANK, recipe, Segments(SCHEDULE, 4, 3), walk, own=own)       # its own copy teaches
+    distil(alone, data(), BLANK, recipe, Segments(SCHEDULE, 4, 3), walk)                # its own copy teaches
     assert torch.equal(alone.a, whole.a)
 
 
@@ -147,7 +134,7 @@ from accelerate import Accelerator
 sys.path.insert(0, "tests")
 from test_few_steps import *
 student = Tiny()
-distil(student, data(), BLANK, Recipe(steps=4, batch=4, warmup=1, ema=0.5), Segments(SCHEDULE), own=True, accelerator=(accelerator := Accelerator(cpu=True)))
+distil(student, data(), BLANK, Recipe(steps=4, batch=4, warmup=1, ema=0.5), Segments(SCHEDULE), 1, accelerator=(accelerator := Accelerator(cpu=True)))
 assert accelerator.num_processes == 2
 if accelerator.is_main_process: torch.save(student.state_dict(), sys.argv[1])
 """
@@ -160,7 +147,7 @@ def test_two_processes_end_where_one_does(tmp_path):
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     one, two = Tiny(), torch.load(tmp_path / "two.pt", weights_only=True)
-    distil(one, data(), BLANK, Recipe(steps=4, batch=4, warmup=1, ema=0.5), Segments(SCHEDULE), own=True)
+    distil(one, data(), BLANK, Recipe(steps=4, batch=4, warmup=1, ema=0.5), Segments(SCHEDULE), 1)
     assert all(torch.allclose(p, two[n], atol=1e-6) and not torch.equal(p, Tiny().state_dict()[n]) for n, p in one.state_dict().items())
 
 
@@ -169,7 +156,6 @@ def test_what_cannot_work_is_one_sentence():
     with pytest.raises(ValueError, match="0 steps with 3.*at least 1"): Segments(SCHEDULE, 0, 3)
     with pytest.raises(ValueError, match="more steps|1 to 1000|sampling steps"): Segments(SCHEDULE, 400, 3)
     with pytest.raises(ValueError, match="A walk of 2 does not divide the 3 steps"): distil(Tiny(), data(), BLANK, Recipe(steps=1, batch=1), walk=2)
-    with pytest.raises(ValueError, match="A walk of 1.*own points, is not all"): distil(Tiny(), data(), BLANK, Recipe(steps=1, batch=1), walk=1, own=True)
 
 
 @pytest.mark.parametrize("words", [["--steps", "0"], ["--batch", "x"], ["--clips", "-1"], ["--judge"]])
@@ -189,12 +175,12 @@ def test_pairs():
 
 def test_the_smallest_run_from_the_command_line(tmp_path, capsys):
     out = tmp_path / "four"
-    main(["--out", str(out), "--steps", "1", "--batch", "1"])
+    main(["--out", str(out), "--steps", "1", "--batch", "1", "--clips", "2"])
     main(["--out", str(out), "--clips", "1", "--judge"])
     record = json.loads((out / "four_steps.json").read_text())
     assert record["recipe"]["steps"] == 1 and record["judged"] == 1 and 0 < record["time"][0] < 0.5
     assert set(record["summary"]) == {"25 steps", "4 steps, student", "4 steps, nano"} and "| 25 steps |" in capsys.readouterr().out
-    again = distil_nano(out, Recipe(steps=1, batch=1, seed=7), captions=4)                 # finished already: nothing but the file is made anew
+    again = distil_nano(out, Recipe(steps=1, batch=1, seed=7), clips=2)                 # finished already: nothing but the file is made anew
     small, nano = load_file(out / "four_steps.safetensors"), AnimationPipeline.from_pretrained("nano").unet.state_dict()
     assert all(torch.equal(p, nano[n]) or torch.equal(small[n], (p - nano[n]).half()) for n, p in again.unet.state_dict().items())
 
