@@ -107,8 +107,8 @@ def write_record(folder: Path, **parts: Any) -> dict[str, Any]:
     write_whole(file, (json.dumps(record, indent=1) + "\n").encode())
     return record
 
-# %% ../nbs/17c_few_steps.ipynb #8a31bf10
-def distil_nano(folder: str | Path, recipe: Recipe = RECIPE, clips: int = 1024, accelerator: Any = None) -> AnimationPipeline:
+# %% ../nbs/17c_few_steps.ipynb #97bb7c53
+def distil_nano(folder: str | Path, recipe: Recipe = RECIPE, clips: int = 2048, accelerator: Any = None) -> AnimationPipeline:
     """Distil nano on `clips` clips and write what changed, `four_steps.safetensors`, and its record to `folder`; returns the student.
 
     The checkpoint lies in a folder of the same name with `-runs` behind it, under the fingerprint of this nano: killed and called again,
@@ -168,7 +168,7 @@ def judge_nano(folder: str | Path, clips: int = 330) -> dict[str, Any]:
     return write_record(folder, judged=clips, summary={name: summary(r) for name, r in rows.items()}, time=share,
                         more={name: paired(r, base) for name, r in rows.items() if r is not base})
 
-# %% ../nbs/17c_few_steps.ipynb #c5a1f792
+# %% ../nbs/17c_few_steps.ipynb #1eb416c4
 def main(argv: Sequence[str] | None = None) -> None:
     "Distil nano, or judge the result, from the command line."
     parser = argparse.ArgumentParser(prog="python -m animatediff_lit.few_steps", description="Teach nano to make a clip in four steps.",
@@ -176,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", default="four-steps", help="folder for the weights and the record; the checkpoint goes to the same name with -runs behind it")
     parser.add_argument("--steps", type=int, default=RECIPE.steps, help="steps of training")
     parser.add_argument("--batch", type=int, default=RECIPE.batch, help="clips in a step, all processes together")
-    parser.add_argument("--clips", type=int, help="clips to train on (1024) or to judge (330)")
+    parser.add_argument("--clips", type=int, help="clips to train on (2048) or to judge (330)")
     parser.add_argument("--judge", action="store_true", help="judge what lies in the folder, do not train")
     args = parser.parse_args(argv)
     if min(args.steps, args.batch, args.clips or 1) < 1: parser.error("--steps, --batch and --clips must be at least 1.")
@@ -186,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     accelerator = Accelerator(cpu=not torch.cuda.is_available()) if "WORLD_SIZE" in os.environ else None
     recipe = Recipe(**asdict(RECIPE) | {"steps": args.steps, "batch": args.batch, "warmup": min(RECIPE.warmup, max(1, args.steps // 10))})
-    distil_nano(args.out, recipe, args.clips or 1024, accelerator)
+    distil_nano(args.out, recipe, args.clips or 2048, accelerator)
     print(f"Written: {args.out}. Judge it: python -m animatediff_lit.few_steps --out {args.out} --judge")
 
 # %% ../nbs/17c_few_steps.ipynb #30cd714c
