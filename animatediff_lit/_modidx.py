@@ -742,6 +742,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                            'animatediff_lit.few_steps.jump': ('few_steps.html#jump', 'animatediff_lit/few_steps.py'),
                                            'animatediff_lit.few_steps.main': ('few_steps.html#main', 'animatediff_lit/few_steps.py'),
                                            'animatediff_lit.few_steps.paired': ('few_steps.html#paired', 'animatediff_lit/few_steps.py'),
+                                           'animatediff_lit.few_steps.record_of': ( 'few_steps.html#record_of',
+                                                                                    'animatediff_lit/few_steps.py'),
                                            'animatediff_lit.few_steps.time_share': ( 'few_steps.html#time_share',
                                                                                      'animatediff_lit/few_steps.py'),
                                            'animatediff_lit.few_steps.write_record': ( 'few_steps.html#write_record',

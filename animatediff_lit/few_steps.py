@@ -25,8 +25,8 @@ from .training import LatentClips, Recipe, add_delta, encode_scenes, fit, nano_s
 from .video import draw_scenes, write_whole
 
 # %% auto #0
-__all__ = ['FOUR_STEPS', 'RECIPE', 'jump', 'Segments', 'consistency_loss', 'distil', 'write_record', 'distil_nano', 'paired',
-           'clip_rows', 'time_share', 'judge_nano', 'main']
+__all__ = ['FOUR_STEPS', 'RECIPE', 'jump', 'Segments', 'consistency_loss', 'distil', 'record_of', 'write_record', 'distil_nano',
+           'paired', 'clip_rows', 'time_share', 'judge_nano', 'main']
 
 # %% ../nbs/17c_few_steps.ipynb #bf15aa85
 def jump(output: Tensor, noisy: Tensor, turn: Tensor) -> Tensor:
@@ -95,19 +95,21 @@ def distil(student: nn.Module, data: LatentClips, blank: Tensor, recipe: Recipe,
     return fit(student, lambda g, batch: data.draw(g, batch, steps=path.steps * path.per // walk),
                lambda model, **inputs: consistency_loss(model, **inputs, **rules), recipe, label="distillation", **options)
 
-# %% ../nbs/17c_few_steps.ipynb #b9006294
+# %% ../nbs/17c_few_steps.ipynb #6d65048c
 FOUR_STEPS = NANO.parent / "few_steps" / "four_steps.safetensors"
-RECIPE = Recipe(steps=1000, batch=8, lr=5e-4, warmup=50, ema=0.99, save_every=50, log_every=50, seed=7)
+RECIPE = Recipe(steps=1000, batch=8, lr=3e-4, warmup=50, ema=0.99, save_every=50, log_every=50, seed=7)
 
-# %% ../nbs/17c_few_steps.ipynb #55b4caa1
-def write_record(folder: Path, **parts: Any) -> dict[str, Any]:
-    "Put `parts` into the record `four_steps.json` of a folder; returns all of it."
-    file = folder / FOUR_STEPS.with_suffix(".json").name
-    record = (json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}) | parts
-    write_whole(file, (json.dumps(record, indent=1) + "\n").encode())
+# %% ../nbs/17c_few_steps.ipynb #716e9383
+def record_of(folder: Path) -> Path:
+    "The file in `folder` that says how the student was trained, and how it was judged."
+    return folder / FOUR_STEPS.with_suffix(".json").name
+
+def write_record(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+    "Write it; a new training leaves nothing of an old judgement."
+    write_whole(record_of(folder), (json.dumps(record, indent=1) + "\n").encode())
     return record
 
-# %% ../nbs/17c_few_steps.ipynb #97bb7c53
+# %% ../nbs/17c_few_steps.ipynb #498d72dc
 def distil_nano(folder: str | Path, recipe: Recipe = RECIPE, clips: int = 2048, accelerator: Any = None) -> AnimationPipeline:
     """Distil nano on `clips` clips and write what changed, `four_steps.safetensors`, and its record to `folder`; returns the student.
 
@@ -123,7 +125,7 @@ def distil_nano(folder: str | Path, recipe: Recipe = RECIPE, clips: int = 2048, 
     if accelerator is None or accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         save_delta(pipe.unet, teacher, folder / FOUR_STEPS.name)
-        write_record(folder, nano=before, recipe=asdict(recipe), clips=clips, history=history)
+        write_record(folder, dict(nano=before, recipe=asdict(recipe), clips=clips, history=history))
     return pipe
 
 # %% ../nbs/17c_few_steps.ipynb #7bd6f87f
@@ -154,7 +156,7 @@ def time_share(slow: Callable, fast: Callable, turns: int = 3) -> list[float]:
     shares = sorted(seconds(fast) / seconds(slow) for _ in range(turns))
     return [round(s, 4) for s in (shares[turns // 2], shares[0], shares[-1])]
 
-# %% ../nbs/17c_few_steps.ipynb #3ce3b121
+# %% ../nbs/17c_few_steps.ipynb #0f984c32
 def judge_nano(folder: str | Path, clips: int = 330) -> dict[str, Any]:
     "Judge the student in `folder` with 4 steps against nano with 25 and with 4, on `clips` clips, and put it into the record."
     folder, pipe, fast = Path(folder), AnimationPipeline.from_pretrained("nano"), AnimationPipeline.from_pretrained("nano")
@@ -165,8 +167,9 @@ def judge_nano(folder: str | Path, clips: int = 330) -> dict[str, Any]:
             "4 steps, student": clip_rows(fast, clips, **few), "4 steps, nano": clip_rows(pipe, clips, **few | {"guidance_scale": 2.0})}
     base = rows["25 steps"]
     share = time_share(lambda: pipe(base[0]["asked"], progress=False, **many), lambda: fast(base[0]["asked"], progress=False, **few))
-    return write_record(folder, judged=clips, summary={name: summary(r) for name, r in rows.items()}, time=share,
-                        more={name: paired(r, base) for name, r in rows.items() if r is not base})
+    found = dict(judged=clips, summary={name: summary(r) for name, r in rows.items()}, time=share,
+                 more={name: paired(r, base) for name, r in rows.items() if r is not base})
+    return write_record(folder, json.loads(record_of(folder).read_text(encoding="utf-8")) | found)
 
 # %% ../nbs/17c_few_steps.ipynb #1eb416c4
 def main(argv: Sequence[str] | None = None) -> None:
