@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from .latents import decode_video, encode_video
 from .pipeline import NANO, AnimationPipeline
-from .video import (BACKGROUNDS, COLOURS, MOTIONS, SHAPES, Scene, Video, contact_sheet, held_out, hollow,
+from .video import (BACKGROUNDS, COLOURS, MOTIONS, SHAPES, WORLD, Scene, Video, contact_sheet, held_out, hollow,
                                    moving_sheet, pixels_of, png, polar, read_clip, separate, solid, track, turn_differences, write_whole)
 
 # %% auto #0
@@ -112,7 +112,7 @@ def alignment(clip: NanoCLIP, tokenizer: Any, captions: Sequence[str], clips: Se
 def judge(scene: Scene, frames: Any) -> dict[str, bool | float | str]:
     "One row: is the clip what the scene's caption asks for, in colour, shape, motion and background, and in the first three at once?"
     found = read_clip(frames)
-    right = {kind: getattr(found, kind) == getattr(scene, kind) for kind in ("colour", "shape", "motion", "background")}
+    right = {kind: getattr(found, kind) == getattr(scene, kind) for kind in WORLD}
     return {"asked": scene.caption, "motion asked": scene.motion, "read": " ".join((found.colour, found.shape, found.motion)), **right,
             "all three": right["colour"] and right["shape"] and right["motion"], "seen": not held_out(scene.colour, scene.shape, scene.motion),
             "flicker": flicker(frames), "movement": movement(frames), "hollow": hollow(frames)}
@@ -123,7 +123,7 @@ def generate(pipe: AnimationPipeline, scenes: Sequence[Scene], batch: int = 11, 
     videos: list[Video] = []
     for start in tqdm(range(0, len(scenes), batch), desc="clips", disable="IN_TEST" in os.environ):
         captions = [s.caption for s in scenes[start:start + batch]]
-        videos += pipe(captions, seed=seed + start, progress=False, **options)
+        videos += pipe(captions, seed=seed + start, **{"progress": False} | options)
     return videos
 
 # %% ../nbs/09b_evaluation.ipynb #15157c92

@@ -35,7 +35,8 @@ __all__ = ['CAPTION_MIX', 'STILLS_BIAS', 'NANO_RECIPES', 'STYLES_FOLDER', 'step_
            'draw_frames', 'contrastive_loss', 'captions_of', 'draw_pairs', 'LatentClips', 'embed_captions',
            'encode_clips', 'nano_scheduler', 'nano_schedule', 'denoising_loss', 'train_denoiser', 'train_images',
            'train_motion', 'reversal_probe', 'tokenizer_for', 'train_encoders', 'loss_figure', 'watcher', 'film_clips',
-           'train_stages', 'save_nano', 'train_nano', 'main', 'encode_scenes', 'train_style', 'save_delta', 'add_delta']
+           'train_stages', 'save_nano', 'training_scenes', 'train_nano', 'main', 'encode_scenes', 'train_style',
+           'save_delta', 'add_delta']
 
 # %% ../nbs/10_training.ipynb #0d4b1a48
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -380,6 +381,11 @@ def save_nano(folder: Path, pipe: AnimationPipeline, clip: NanoCLIP, recipes: Ma
     record = {"recipes": {n: asdict(r) for n, r in recipes.items()}, "history": log}
     write_whole(folder / "training.json", (json.dumps(record, indent=1) + "\n").encode())
 
+# %% ../nbs/10_training.ipynb #d36dd5fe
+def training_scenes(n: int) -> list[Scene]:
+    "`n` scenes for training, and about a third as many again that spin."
+    return draw_scenes(n, seed=2) + [s for s in draw_scenes(2 * n, seed=3) if s.motion.startswith("spinning")]
+
 # %% ../nbs/10_training.ipynb #0820a1c3
 def train_nano(folder: str | Path, recipes: Mapping[str, Recipe] | None = None, clips: int = 12288, accelerator: Any = None,
                films: tuple[str | Path, str | Path] | None = None) -> AnimationPipeline:
@@ -389,7 +395,7 @@ def train_nano(folder: str | Path, recipes: Mapping[str, Recipe] | None = None, 
     in a folder of the same name with `-runs` behind it: killed and called again, the training continues.
     """
     folder, recipes = Path(folder), recipes or NANO_RECIPES
-    runs, scenes = folder.with_name(folder.name + "-runs"), [] if films else draw_scenes(clips, seed=2)
+    runs, scenes = folder.with_name(folder.name + "-runs"), [] if films else training_scenes(clips)
     captions, frames = film_clips(*films, clips) if films else ([captions_of(s) for s in scenes], render_clips(scenes))
     device = accelerator.device if accelerator else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with accelerator.main_process_first() if accelerator else nullcontext():

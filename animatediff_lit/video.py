@@ -31,8 +31,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 # %% auto #0
-__all__ = ['MARK', 'COLOURS', 'SHAPES', 'MOTIONS', 'BACKGROUNDS', 'WORLD', 'OPPOSITES', 'STYLES', 'check_frames', 'enlarge',
-           'shared_palette', 'animation', 'read_animation', 'mp4', 'read_mp4', 'still', 'film_strip', 'png',
+__all__ = ['MARK', 'COLOURS', 'SHAPES', 'MOTIONS', 'BACKGROUNDS', 'WORLD', 'OPPOSITES', 'STYLES', 'LAG', 'check_frames',
+           'enlarge', 'shared_palette', 'animation', 'read_animation', 'mp4', 'read_mp4', 'still', 'film_strip', 'png',
            'write_whole', 'Video', 'save_video', 'load_video', 'labelled', 'tile', 'contact_sheet', 'moving_sheet',
            'ring', 'heart', 'moon', 'outline', 'distance_map', 'pixel_offsets', 'stand_up', 'silhouette', 'coverage',
            'path_of', 'place', 'random_words', 'Scene', 'caption_variant', 'reverse_motion', 'turn_arc', 'neon',
@@ -355,8 +355,8 @@ def path_of(scene: Scene, t: Any) -> np.ndarray:
     if m == "moving down": y = way
     if m == "growing": r = np.maximum(scene.radius * (0.70 + 0.42 * s * scene.travel), 0.05)
     if m == "shrinking": r = np.maximum(scene.radius * (0.70 - 0.42 * s * scene.travel), 0.05)
-    if m == "spinning clockwise": a = scene.angle + turn / 4
-    if m == "spinning anticlockwise": a = scene.angle - turn / 4
+    if m == "spinning clockwise": a = scene.angle + turn / 8
+    if m == "spinning anticlockwise": a = scene.angle - turn / 8
     if m == "bouncing": y = reach - 1.8 * reach * np.abs(np.cos(np.pi * t / 12))
     if m == "orbiting":
         x = scene.x + 0.45 * np.sin(turn)
@@ -439,13 +439,13 @@ def reverse_motion(caption: str) -> str:
     return " ".join(OPPOSITES.get(word, word) for word in caption.split())
 
 # %% ../nbs/01_video.ipynb #cf6f7c13
-def turn_arc(x: Any, y: Any, radius: Any, angle: Any, turned: Any, size: int) -> Tensor:
-    "How opaque the arc is that an object has drawn around itself while it `turned`, clockwise above 0: `(n, size, size)`."
-    x, y, radius, angle, turned = stand_up(x, y, radius, angle, turned)
+def turn_arc(x: Any, y: Any, radius: Any, angle: Any, way: int, size: int) -> Tensor:
+    "How opaque the arc is that an object draws behind its top while it turns, clockwise if `way` is 1, else -1: `(n, size, size)`."
+    x, y, radius, angle = stand_up(x, y, radius, angle)
     dx, dy = pixel_offsets(x, y, size)
-    band = coverage(((torch.sqrt(dx ** 2 + dy ** 2) - 1.2 * radius).abs() - 0.1) * size / 2)
-    behind = torch.remainder((angle - math.pi / 2 - torch.atan2(dy, dx)) * turned.sign(), 2 * math.pi)
-    return band * (behind < turned.abs()) * 0.65 * (1 - behind / math.pi)
+    band = coverage(((torch.sqrt(dx ** 2 + dy ** 2) - 1.3 * radius).abs() - 0.1) * size / 2)
+    behind = torch.remainder((angle - math.pi / 2 - torch.atan2(dy, dx)) * way, 2 * math.pi)
+    return band * 0.65 * (1 - behind / (math.pi / 2)).clamp(min=0)
 
 # %% ../nbs/01_video.ipynb #536ff1c3
 def neon(distance: Tensor) -> Tensor:
@@ -461,7 +461,7 @@ def trail_of(scene: Scene, t: np.ndarray, size: int, paint: Callable[[Tensor], T
     if scene.motion == "standing still" or scene.motion == "growing" and paint is coverage: return []
     if scene.motion.startswith("spinning"):
         x, y, radius, angle = scene.path(t)
-        return [turn_arc(x, y, radius, angle, angle - scene.angle, size)]
+        return [turn_arc(x, y, radius, angle, 1 if scene.motion == "spinning clockwise" else -1, size)]
     step = 1 if scene.motion in ("bouncing", "orbiting") else 2                         # fast motions leave closer ghosts
     return [opacity * paint(silhouette(scene.shape, *scene.path(t - age), size=size))
             for age, opacity in ((3 * step, .12), (2 * step, .24), (step, .38))]
@@ -581,6 +581,8 @@ def polar(opacity: Tensor, centre: Tensor, reach: Tensor, steps: int = 144, ring
     return F.grid_sample(opacity[:, None], grid.expand(len(opacity), -1, -1, -1), align_corners=False)[:, 0]
 
 # %% ../nbs/01_video.ipynb #4b40df4c
+LAG = 7                                                         # frames between which a turn is measured
+
 def turn_differences(rings: Tensor, lag: int = 1) -> Tensor:
     "By how much frames that are `lag` apart differ after a turn by each step, as a share of what is there: `(steps,)`."
     waves = torch.fft.rfft(rings)
@@ -589,35 +591,35 @@ def turn_differences(rings: Tensor, lag: int = 1) -> Tensor:
     return (power - 2 * together) / power.clamp(min=1e-6)
 
 # %% ../nbs/01_video.ipynb #23eb6abd
-def read_turn(opacity: Tensor, centre: Tensor, radius: Tensor) -> float:
+def read_turn(opacity: Tensor, centres: Tensor, radius: Tensor) -> float:
     "By how many degrees the object turns from frame to frame, clockwise above 0; 0 if a turn takes away less than half of the difference."
-    difference = turn_differences(polar(opacity, centre, 1.7 * radius), lag=4)
+    difference = turn_differences(polar(opacity, centres, 1.7 * radius), lag=LAG)
     eighth = len(difference) // 8
     near = torch.cat([difference[-eighth:], difference[: eighth + 1]])                  # from -45 to 45 degrees
     gain, turned = difference[0] - near.min(), 360 / len(difference) * (int(near.argmin()) - eighth)
-    return turned / 4 if gain > 0.0015 and gain > difference[0] / 2 else 0.0
+    return turned / LAG if gain > 0.0015 and gain > difference[0] / 2 else 0.0
 
 # %% ../nbs/01_video.ipynb #7e41ee6d
-def read_arc(opacity: Tensor, centre: Tensor, radius: Tensor) -> float:
+def read_arc(opacity: Tensor, centres: Tensor, radius: Tensor) -> float:
     "By how many degrees the middle of an arc around the object swings from frame to frame, clockwise above 0; 0 if there is none."
-    outside = polar(opacity, centre, 1.7 * radius)[:, 5:].mean(1)
+    outside = polar(opacity, centres, 1.7 * radius)[:, 5:].mean(1)
     arrows = torch.fft.rfft(outside)[:, 1] / outside.shape[-1]
-    swings, size = arrows[:-4] * arrows[4:].conj(), arrows.abs()
+    swings = arrows[:-LAG] * arrows[LAG:].conj()
     steady = swings.sum().abs() > 0.9 * swings.abs().sum()
-    drawn = size.mean() > 0.02 and correlation(size, torch.arange(len(size))).abs() > 0.5
-    return math.degrees(swings.sum().angle().item()) / 4 if steady and drawn else 0.0
+    return math.degrees(swings.sum().angle().item()) / LAG if steady and arrows.abs().mean() > 0.02 else 0.0
 
 # %% ../nbs/01_video.ipynb #4cc8e676
 def read_motion(opacity: Tensor, body: Tensor) -> str:
     """One of MOTIONS or unclear, from the opacity of every pixel and the solid part of it, both `(f, h, w)`.
 
-    Needs 8 frames, and the rhythm of the world: a quarter turn or an orbit in 16, a bounce in 12.
+    Needs 8 frames, and the rhythm of the world: an eighth of a turn or an orbit in 16, a bounce in 12.
     """
     centres, radii = track(body)
     if len(centres) < 8: return "unclear"
     spread = (centres - centres.mean()).abs().square().mean().sqrt()
     growth = correlation(radii, torch.arange(len(radii))).real * radii.std() / radii.mean()
-    turn = read_turn(opacity, centres.mean(), radii.mean()) or read_arc(opacity, centres.mean(), radii.mean())
+    around = opacity, centres[:, None, None], radii.mean()
+    turn = read_turn(*around) or read_arc(*around)
     if spread < 0.15 and growth.abs() > 0.2: return "growing" if growth > 0 else "shrinking"
     if growth.abs() > 0.1: return "unclear"
     scores = travel_scores(centres)

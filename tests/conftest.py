@@ -22,7 +22,7 @@ def pytest_report_teststatus(report, config):
     "A notebook gets a line of its own where other tests get a dot."
     where, _, chapter = report.nodeid.rstrip("]").partition("[")
     if where.endswith("test_notebooks.py::test_runs") and report.when == "call":
-        return report.outcome, f"\n  {chapter}.ipynb {report.outcome} in {report.duration:.0f} s", report.outcome.upper()
+        return report.outcome, f"\n  {chapter}.ipynb {report.outcome}", report.outcome.upper()
 
 
 def pytest_terminal_summary(terminalreporter, config):

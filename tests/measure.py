@@ -86,13 +86,13 @@ def run_here(notebook: Path) -> None:
     os._exit(0 if passed else 1)  # at once: a cell stopped at its limit may still hold a thread
 
 
-def run(notebook: Path, folder: Path) -> tuple[Cost, Path]:
+def run(notebook: Path, folder: Path, **environment: str) -> tuple[Cost, Path]:
     """Run a copy of `notebook` in a fresh process and an otherwise empty `folder`, as a reader on Colab would.
 
     Returns what it took and the copy, which holds the outputs of this run if it passed."""
     copy = Path(shutil.copy(notebook, folder))
     env = {**os.environ, "IN_TEST": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / ".huggingface"), "IPYTHONDIR": str(folder / ".ipython"),
-           "CUDA_VISIBLE_DEVICES": ""}
+           "CUDA_VISIBLE_DEVICES": "", **environment}
     start = time.monotonic()
     try:
         done = subprocess.run([sys.executable, __file__, "--here", str(copy)], cwd=folder, env=env, stdin=subprocess.DEVNULL,

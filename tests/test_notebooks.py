@@ -11,12 +11,13 @@ import statistics
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from pyflakes import checker, messages
 
-from measure import CELL_LIMIT, MARK, MARK_TEXT, ROOT, chapters, run
+from measure import CELL_LIMIT, MARK, MARK_TEXT, ROOT, chapters, cores, run
 
 PACKAGE = ROOT / "animatediff_lit"
 NOTEBOOKS = chapters()
@@ -27,7 +28,8 @@ BOOK = {
     "00_tour": None, "01_video": "video", "02_diffusion": "diffusion", "03_latents": "latents", "04_blocks": "blocks",
     "05_spatial": "spatial", "06_temporal": "temporal", "07_motion": "motion", "08_unet": "unet", "09_sampling": "pipeline", "09b_evaluation": "evaluation",
     "10_training": "training", "11_attention_maps": "attention_maps", "12_memory": "memory", "13_debugging": "debugging",
-    "14_checkpoints": "checkpoints", "15_lora": "lora", "16_custom_motion": "custom_motion", "17_speed": "speed", "17c_few_steps": "few_steps",
+    "14_checkpoints": "checkpoints", "15_lora": "lora", "16_custom_motion": "custom_motion", "17_speed": "speed", "17b_benchmark": "benchmark",
+    "17c_few_steps": "few_steps",
     "18_long_video": "long_video", "19_control": "control", "20_paper_claims": None, "21_contributing": "doctor",
 }
 ORDER = [module for module in BOOK.values() if module]
@@ -243,9 +245,18 @@ def stale_cells(kept: Path, new: Path) -> list[str]:
     return [f"{sorted(kinds_of_output(a) ^ kinds_of_output(b))} below: {first_line(a)}" for a, b in pairs if kinds_of_output(a) != kinds_of_output(b)]
 
 
+@pytest.fixture(scope="session")
+def runs(request, tmp_path_factory):
+    "The run of every notebook that was chosen, as many at a time as there are cores, with one thread each."
+    chosen = [item.callspec.params["notebook"] for item in request.session.items if getattr(item, "function", None) is test_runs]
+    pool = ThreadPoolExecutor(cores())
+    yield {n: pool.submit(run, n, tmp_path_factory.mktemp(n.stem), OMP_NUM_THREADS="1", MKL_NUM_THREADS="1") for n in chosen}
+    pool.shutdown(cancel_futures=True)
+
+
 @each_notebook
-def test_runs(notebook, tmp_path, costs):
-    cost, copy = run(notebook, tmp_path)
+def test_runs(notebook, runs, costs):
+    cost, copy = runs[notebook].result()
     costs.append(cost)
     if not cost.passed: pytest.fail(f"{notebook.name} failed (a cell may take {CELL_LIMIT} s):\n{cost.log[-6000:]}", pytrace=False)
     stale = stale_cells(notebook, copy)
