@@ -21,12 +21,13 @@ from .debugging import fingerprint
 from .diffusion import NoiseSchedule
 from .evaluation import MEASURES, alignment, generate, grid, interval, judge, lines, load_clip, summary, table
 from .pipeline import NANO, AnimationPipeline, denoise, draw_noise, guide
+from .speed import alternate, ratio
 from .training import LatentClips, Recipe, add_delta, encode_scenes, fit, nano_schedule, nano_scheduler, save_delta
 from .video import draw_scenes, write_whole
 
 # %% auto #0
-__all__ = ['FOUR_STEPS', 'RECIPE', 'jump', 'Segments', 'consistency_loss', 'distil', 'record_of', 'write_record', 'distil_nano',
-           'paired', 'clip_rows', 'time_share', 'judge_nano', 'main']
+__all__ = ['FOUR_STEPS', 'RECORD', 'RECIPE', 'jump', 'Segments', 'consistency_loss', 'distil', 'write_record', 'distil_nano',
+           'paired', 'clip_rows', 'judge_nano', 'main']
 
 # %% ../nbs/17c_few_steps.ipynb #bf15aa85
 def jump(output: Tensor, noisy: Tensor, turn: Tensor) -> Tensor:
@@ -97,16 +98,13 @@ def distil(student: nn.Module, data: LatentClips, blank: Tensor, recipe: Recipe,
 
 # %% ../nbs/17c_few_steps.ipynb #6d65048c
 FOUR_STEPS = NANO.parent / "few_steps" / "four_steps.safetensors"
+RECORD = FOUR_STEPS.with_suffix(".json").name
 RECIPE = Recipe(steps=1000, batch=8, lr=3e-4, warmup=50, ema=0.99, save_every=50, log_every=50, seed=7)
 
 # %% ../nbs/17c_few_steps.ipynb #716e9383
-def record_of(folder: Path) -> Path:
-    "The file in `folder` that says how the student was trained, and how it was judged."
-    return folder / FOUR_STEPS.with_suffix(".json").name
-
 def write_record(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
-    "Write it; a new training leaves nothing of an old judgement."
-    write_whole(record_of(folder), (json.dumps(record, indent=1) + "\n").encode())
+    "Write how the student in `folder` was trained, and how it was judged."
+    write_whole(folder / RECORD, (json.dumps(record, indent=1) + "\n").encode())
     return record
 
 # %% ../nbs/17c_few_steps.ipynb #498d72dc
@@ -146,16 +144,6 @@ def clip_rows(pipe: AnimationPipeline, n: int, **options: Any) -> list[dict]:
     cosines = alignment(clip, pipe.tokenizer, [s.caption for s in scenes], frames).diagonal().tolist()
     return [judge(s, f) | {"alignment": c} for s, f, c in zip(scenes, frames, cosines)]
 
-# %% ../nbs/17c_few_steps.ipynb #46f668ac
-def time_share(slow: Callable, fast: Callable, turns: int = 3) -> list[float]:
-    "The time of `fast` as a share of that of `slow`, run in turns: median, least and most."
-    def seconds(work: Callable) -> float:
-        start = time.perf_counter()
-        work()
-        return time.perf_counter() - start
-    shares = sorted(seconds(fast) / seconds(slow) for _ in range(turns))
-    return [round(s, 4) for s in (shares[turns // 2], shares[0], shares[-1])]
-
 # %% ../nbs/17c_few_steps.ipynb #0f984c32
 def judge_nano(folder: str | Path, clips: int = 330) -> dict[str, Any]:
     "Judge the student in `folder` with 4 steps against nano with 25 and with 4, on `clips` clips, and put it into the record."
@@ -166,10 +154,11 @@ def judge_nano(folder: str | Path, clips: int = 330) -> dict[str, Any]:
     rows = {"25 steps": json.loads((NANO / "evaluation.json").read_text(encoding="utf-8"))["rows"][:clips],
             "4 steps, student": clip_rows(fast, clips, **few), "4 steps, nano": clip_rows(pipe, clips, **few | {"guidance_scale": 2.0})}
     base = rows["25 steps"]
-    share = time_share(lambda: pipe(base[0]["asked"], progress=False, **many), lambda: fast(base[0]["asked"], progress=False, **few))
-    found = dict(judged=clips, summary={name: summary(r) for name, r in rows.items()}, time=share,
+    seconds = alternate({"many": lambda: pipe(base[0]["asked"], progress=False, **many), "few": lambda: fast(base[0]["asked"], progress=False, **few)},
+                        clock=time.process_time)
+    found = dict(judged=clips, summary={name: summary(r) for name, r in rows.items()}, time=ratio(seconds, "few", to="many"),
                  more={name: paired(r, base) for name, r in rows.items() if r is not base})
-    return write_record(folder, json.loads(record_of(folder).read_text(encoding="utf-8")) | found)
+    return write_record(folder, json.loads((folder / RECORD).read_text(encoding="utf-8")) | found)
 
 # %% ../nbs/17c_few_steps.ipynb #1eb416c4
 def main(argv: Sequence[str] | None = None) -> None:
