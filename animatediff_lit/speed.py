@@ -179,15 +179,15 @@ def joint(a: Any) -> Tensor:
 # %% ../nbs/17_speed.ipynb #377ae20e
 def among_frames(a: Any, x: Tensor, weight: Tensor | None = None) -> Tensor:
     "Every pixel attends to itself in all frames, in place: `(b, f, s, c)` -> the same shape. `weight`: `joint(a)`."
-    (b, f, s, c), h, weight = x.shape, a.num_heads, joint(a) if weight is None else weight
-    q, k, v = F.linear(x, weight).view(b, f, s * h, 3, c // h).permute(3, 0, 2, 1, 4).unbind()   # b (s h) f d
+    (b, f, s, c), h = x.shape, a.num_heads
+    q, k, v = F.linear(x, joint(a) if weight is None else weight).view(b, f, s * h, 3, c // h).permute(3, 0, 2, 1, 4).unbind()       # b (s h) f d
     return a.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
 
 # %% ../nbs/17_speed.ipynb #e9bad1bf
 def among_pixels(a: Any, x: Tensor, weight: Tensor | None = None) -> Tensor:
     "The pixels of a frame attend to each other: `(b, f, s, c)` -> the same shape. `weight`: `joint(a)`."
-    (b, f, s, c), h, weight = x.shape, a.num_heads, joint(a) if weight is None else weight
-    q, k, v = F.linear(x, weight).view(b * f, s, h, 3, c // h).permute(3, 0, 2, 1, 4).unbind()   # (b f) h s d
+    (b, f, s, c), h = x.shape, a.num_heads
+    q, k, v = F.linear(x, joint(a) if weight is None else weight).view(b * f, s, h, 3, c // h).permute(3, 0, 2, 1, 4).unbind()       # (b f) h s d
     return a.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
 
 # %% ../nbs/17_speed.ipynb #2046a97d
@@ -420,7 +420,8 @@ class FastPipeline(AnimationPipeline):
         with self.unet.once: return super().__call__(*args, **options)  # type: ignore[union-attr]
 
     def decode(self, *args: Any, **options: Any) -> Any:
-        if self.unet.once.kept: self.unet.once.kept.clear()  # type: ignore[union-attr]
+        kept: Any = self.unet.once.kept  # type: ignore[union-attr]
+        if kept: kept.clear()
         return super().decode(*args, **options)
 
 # %% ../nbs/17_speed.ipynb #3ba29b89
