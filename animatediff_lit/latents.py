@@ -4,19 +4,22 @@
 
 # %% ../nbs/03_latents.ipynb #484473ad
 from __future__ import annotations
-from typing import Any, Sequence
+from typing import TYPE_CHECKING, Any, Sequence
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from einops import rearrange
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 from .video import BACKGROUNDS, COLOURS, MOTIONS, SHAPES
 
 # %% auto #0
 __all__ = ['START', 'END', 'UNKNOWN', 'nano_autoencoder', 'check_video', 'encode_video', 'to_uint8', 'decode_video',
            'world_words', 'word_tokenizer', 'check_words', 'nano_text_encoder', 'encode_text']
+
+# %% ../nbs/03_latents.ipynb #5c0f1a27
+if TYPE_CHECKING:                                                            # the type hints need no import, which takes seconds
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextModel, PreTrainedTokenizerFast
 
 # %% ../nbs/03_latents.ipynb #c22589ba
 def nano_autoencoder() -> AutoencoderKL:
@@ -24,6 +27,7 @@ def nano_autoencoder() -> AutoencoderKL:
 
     Stable Diffusion's class with smaller numbers. Source: Rombach et al. 2022 (arXiv 2112.10752), section 3.1.
     """
+    from diffusers import AutoencoderKL
     return AutoencoderKL(
         block_out_channels=(16, 32, 48), layers_per_block=1, latent_channels=4, norm_num_groups=8, sample_size=32,
         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3)
@@ -86,6 +90,7 @@ def word_tokenizer(words: Sequence[str], max_length: int = 16) -> PreTrainedToke
 
     Capitals and punctuation do not count, and "an" is "a". Ids: start 0, end 1, unknown 2, then `words` in their order.
     """
+    from transformers import PreTrainedTokenizerFast
     vocabulary = {word: i for i, word in enumerate([START, END, UNKNOWN, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     same = {r"\b(counter|anti)[ -]clockwise\b": "anticlockwise", r"[^\w\s]": " ", r"\ban\b": "a"}
@@ -121,6 +126,7 @@ def nano_text_encoder(tokenizer: Any, width: int = 64, layers: int = 2, heads: i
 
     Same class as Stable Diffusion's. Source: Radford et al. 2021 (arXiv 2103.00020).
     """
+    from transformers import CLIPTextConfig, CLIPTextModel
     return CLIPTextModel(CLIPTextConfig(
         vocab_size=len(tokenizer), max_position_embeddings=tokenizer.model_max_length,
         hidden_size=width, intermediate_size=4 * width, projection_dim=width,

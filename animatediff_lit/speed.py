@@ -33,13 +33,13 @@ from .video import WORLD, Scene
 
 # %% auto #0
 __all__ = ['SPREAD', 'PIECE', 'KNOWN', 'alternate', 'ratio', 'where_time_goes', 'count_flops', 'machine_rate', 'read_text',
-           'ask_text', 'by_head', 'Once', 'content', 'stages', 'read_time', 'spread', 'as_images', 'as_clips',
-           'queries_keys_values', 'among_frames', 'among_pixels', 'think', 'convolve', 'normalise', 'project',
-           'resnet_block', 'widen', 'spatial_transformer', 'motion_module', 'downsample', 'upsample', 'Kit',
-           'weights_of', 'Walk', 'walk_down', 'walk_up', 'network', 'shallow', 'check_known', 'FastUNet', 'make_kit',
-           'step', 'FastPipeline', 'fast_pipeline', 'share_found', 'score', 'time_against_quality', 'Trial', 'Trials',
-           'peak_of', 'twin', 'channels_last', 'forward_in_bf16', 'in_bf16', 'in_int8', 'compiled', 'distance',
-           'attempt', 'check_example', 'run_exactly', 'optimize_inference', 'with_unet']
+           'ask_text', 'by_head', 'Once', 'content', 'stages', 'read_time', 'spread', 'as_images', 'as_clips', 'joint',
+           'among_frames', 'among_pixels', 'think', 'convolve', 'normalise', 'project', 'resnet_block', 'widen',
+           'spatial_transformer', 'motion_module', 'downsample', 'upsample', 'Kit', 'all_joints', 'Walk', 'walk_down',
+           'walk_up', 'network', 'shallow', 'check_known', 'FastUNet', 'make_kit', 'step', 'FastPipeline',
+           'fast_pipeline', 'share_found', 'score', 'time_against_quality', 'Trial', 'Trials', 'peak_of', 'twin',
+           'channels_last', 'forward_in_bf16', 'in_bf16', 'in_int8', 'compiled', 'distance', 'attempt', 'check_example',
+           'run_exactly', 'optimize_inference', 'with_unet']
 
 # %% ../nbs/17_speed.ipynb #7ed89410
 def alternate(runs: Mapping[str, Callable[[], Any]], rounds: int = 5, warmup: int = 1,
@@ -172,22 +172,22 @@ def as_clips(images: Tensor, frames: int) -> Tensor:
     return images.permute(0, 2, 3, 1).contiguous().unflatten(0, (-1, frames))
 
 # %% ../nbs/17_speed.ipynb #4f753981
-def queries_keys_values(a: Any, x: Tensor) -> tuple[Tensor, ...]:
-    "All three in one product, whose columns stand head by head: `(..., s, c)` -> three of `(..., s h, d)`."
-    weight = torch.stack([layer.weight.unflatten(0, (a.num_heads, -1)) for layer in (a.to_q, a.to_k, a.to_v)], dim=1)      # h 3 d c
-    joint = F.linear(x, weight.flatten(0, 2)).unflatten(-1, weight.shape[:3])                                              # ... s h 3 d
-    return joint.flatten(-4, -3).unbind(-2)
+def joint(a: Any) -> Tensor:
+    "The weights of queries, keys and values as one matrix, whose rows stand head by head: `(h 3 d, c)`."
+    return torch.stack([layer.weight.unflatten(0, (a.num_heads, -1)) for layer in (a.to_q, a.to_k, a.to_v)], dim=1).flatten(0, 2)
 
 # %% ../nbs/17_speed.ipynb #377ae20e
-def among_frames(a: Any, x: Tensor) -> Tensor:
-    "Every pixel attends to itself in all frames, in place: `(b, f, s, c)` -> the same shape."
-    q, k, v = (t.transpose(1, 2) for t in queries_keys_values(a, x))                             # b (s h) f d
+def among_frames(a: Any, x: Tensor, weight: Tensor | None = None) -> Tensor:
+    "Every pixel attends to itself in all frames, in place: `(b, f, s, c)` -> the same shape. `weight`: `joint(a)`."
+    (b, f, s, c), h = x.shape, a.num_heads
+    q, k, v = F.linear(x, joint(a) if weight is None else weight).view(b, f, s * h, 3, c // h).permute(3, 0, 2, 1, 4).unbind()       # b (s h) f d
     return a.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
 
 # %% ../nbs/17_speed.ipynb #e9bad1bf
-def among_pixels(a: Any, x: Tensor) -> Tensor:
-    "The pixels of a frame attend to each other: `(b, f, s, c)` -> the same shape."
-    q, k, v = (t.unflatten(1, (-1, a.num_heads)).transpose(1, 2) for t in queries_keys_values(a, x.flatten(0, 1)))
+def among_pixels(a: Any, x: Tensor, weight: Tensor | None = None) -> Tensor:
+    "The pixels of a frame attend to each other: `(b, f, s, c)` -> the same shape. `weight`: `joint(a)`."
+    (b, f, s, c), h = x.shape, a.num_heads
+    q, k, v = F.linear(x, joint(a) if weight is None else weight).view(b * f, s, h, 3, c // h).permute(3, 0, 2, 1, 4).unbind()       # (b f) h s d
     return a.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
 
 # %% ../nbs/17_speed.ipynb #2046a97d
@@ -203,8 +203,8 @@ def think(ff: Any, x: Tensor) -> Tensor:
     return torch.cat(parts).view(x.shape) if len(parts) > 1 else parts[0].view(x.shape)
 
 # %% ../nbs/17_speed.ipynb #1a041d3e
-def convolve(conv: nn.Conv2d, x: Tensor, bias: Tensor | None, weight: Tensor | None = None) -> Tensor:
-    return as_clips(F.conv2d(as_images(x), conv.weight if weight is None else weight, bias, conv.stride, conv.padding), x.shape[1])
+def convolve(conv: nn.Conv2d, x: Tensor, bias: Tensor | None) -> Tensor:
+    return as_clips(F.conv2d(as_images(x), conv.weight, bias, conv.stride, conv.padding), x.shape[1])
 
 def normalise(norm: VideoGroupNorm, x: Tensor) -> Tensor:
     if not norm.across_frames: return as_clips(nn.GroupNorm.forward(norm, as_images(x)), x.shape[1])
@@ -214,13 +214,13 @@ def project(layer: nn.Module, x: Tensor) -> Tensor:
     return F.linear(x, layer.weight.flatten(1), layer.bias)  # type: ignore[operator, arg-type]
 
 # %% ../nbs/17_speed.ipynb #b36847d1
-def resnet_block(block: ResnetBlock, x: Tensor, time: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:
-    "`time` `(n, c)` of `read_time`: one for all videos becomes the bias, one for each is added. `weights`: of the convolutions."
-    h, act = normalise(block.norm1, x), block.nonlinearity
-    if len(time) == 1: h = convolve(block.conv1, act(h), time[0], weights[0])
-    else: h = convolve(block.conv1, act(h), None, weights[0]) + time[:, None, None, None]
-    h = convolve(block.conv2, act(normalise(block.norm2, h)), block.conv2.bias, weights[1])
-    return ((x if block.conv_shortcut is None else project(block.conv_shortcut, x)) + h) / block.output_scale
+def resnet_block(block: ResnetBlock, x: Tensor, time: Tensor) -> Tensor:
+    "`time` `(n, c)` of `read_time`: one for all videos becomes the bias, one for each is added."
+    act, bias = block.nonlinearity, time[0] if len(time) == 1 else None
+    h = convolve(block.conv1, act(normalise(block.norm1, x)), bias)
+    if bias is None: h += time[:, None, None, None]
+    h = convolve(block.conv2, act(normalise(block.norm2, h)), block.conv2.bias)
+    return h.add_(x if block.conv_shortcut is None else project(block.conv_shortcut, x)).div_(block.output_scale)
 
 # %% ../nbs/17_speed.ipynb #d71539a5
 def widen(x: Tensor, n: int) -> Tensor:
@@ -228,17 +228,17 @@ def widen(x: Tensor, n: int) -> Tensor:
     return x.expand(n, *x.shape[1:])
 
 # %% ../nbs/17_speed.ipynb #7800911f
-def spatial_transformer(layer: Any, x: Tensor, texts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+def spatial_transformer(layer: Any, x: Tensor, texts: Sequence[tuple[Tensor, Tensor]], joints: Mapping[Any, Tensor]) -> Tensor:
     tokens = project(layer.proj_in, normalise(layer.norm, x).flatten(2, 3))                      # b f s c
     for block, read in zip(layer.transformer_blocks, texts):
-        tokens = tokens + among_pixels(block.attn1, block.norm1(tokens))
+        tokens += among_pixels(block.attn1, block.norm1(tokens), joints[block.attn1])
         tokens = widen(tokens, len(read[0]))
         tokens = tokens + ask_text(block.attn2, block.norm2(tokens), read)
-        tokens = tokens + think(block.ff, block.norm3(tokens))
-    return widen(x, len(tokens)) + project(layer.proj_out, tokens).unflatten(2, x.shape[2:4])
+        tokens += think(block.ff, block.norm3(tokens))
+    return project(layer.proj_out, tokens).unflatten(2, x.shape[2:4]).add_(x)
 
 # %% ../nbs/17_speed.ipynb #63f0d8a9
-def motion_module(module: Any, x: Tensor, motion_context: Tensor | None) -> Tensor:
+def motion_module(module: Any, x: Tensor, joints: Mapping[Any, Tensor], motion_context: Tensor | None) -> Tensor:
     if not module.enabled: return x
     tokens = project(module.proj_in, normalise(module.norm, x).flatten(2, 3))                    # b f s c
     if module.context is not None and motion_context is not None:
@@ -247,9 +247,9 @@ def motion_module(module: Any, x: Tensor, motion_context: Tensor | None) -> Tens
     for block in module.transformer_blocks:
         places = block.pos_embed(x.new_zeros(1, *tokens.shape[1::2])).transpose(0, 1)            # f 1 c
         for norm, attention in ((block.norm1, block.attn1), (block.norm2, block.attn2)):
-            tokens = tokens + among_frames(attention, norm(tokens) + places)
-        tokens = tokens + think(block.ff, block.norm3(tokens))
-    return x + project(module.proj_out, tokens).unflatten(2, x.shape[2:4])
+            tokens += among_frames(attention, norm(tokens).add_(places), joints[attention])
+        tokens += think(block.ff, block.norm3(tokens))
+    return project(module.proj_out, tokens).unflatten(2, x.shape[2:4]).add_(x)
 
 # %% ../nbs/17_speed.ipynb #00536ad1
 def downsample(layer: Downsample, x: Tensor) -> Tensor:
@@ -264,32 +264,33 @@ def upsample(layer: Upsample, x: Tensor, size: Sequence[int], kernel: Tensor) ->
 
 # %% ../nbs/17_speed.ipynb #a9d3275f
 class Kit(NamedTuple):
-    "What a call needs beyond the clip: of `read_time` for each ResNet block, `read_text` for each attention, `spread` for each upsampler, and `weights`."
+    "What a call needs beyond the clip: of `read_time` for each ResNet block, `read_text` for each attention, `spread` for each upsampler, and `all_joints`."
     times: list[Tensor]
     texts: list[list[tuple[Tensor, Tensor]]]
     kernels: list[Tensor]
-    weights: list[tuple[Tensor, Tensor]]
+    joints: dict[Any, Tensor]
     motion_context: Tensor | None = None
 
 # %% ../nbs/17_speed.ipynb #ff7d23a7
-def weights_of(unet: UNet3DConditionModel) -> list[tuple[Tensor, Tensor]]:
-    "Of every ResNet block in turn, both convolutions' weights, channels last."
-    def last(conv: nn.Conv2d) -> Tensor: return conv.weight.contiguous(memory_format=torch.channels_last)
-    return [(last(resnet.conv1), last(resnet.conv2)) for stage in stages(unet) for resnet in stage.resnets]
+def all_joints(unet: UNet3DConditionModel) -> dict[Any, Tensor]:
+    "The `joint` of every self-attention, by the attention."
+    blocks = [part for part in unet.modules() if isinstance(part, (SpatialTransformerBlock, TemporalTransformerBlock))]
+    among = [block.attn1 for block in blocks] + [block.attn2 for block in blocks if isinstance(block, TemporalTransformerBlock)]
+    return {a: joint(a) for a in among}
 
 # %% ../nbs/17_speed.ipynb #f98c1e41
 class Walk:
     "The layers of a UNet in the order in which they run, each with its part of the `kit`."
 
     def __init__(self, kit: Kit):
-        self.times, self.texts, self.kernels, self.weights = iter(kit.times), iter(kit.texts), iter(kit.kernels), iter(kit.weights)
-        self.motion_context = kit.motion_context
+        self.times, self.texts, self.kernels = iter(kit.times), iter(kit.texts), iter(kit.kernels)
+        self.joints, self.motion_context = kit.joints, kit.motion_context
 
     def layer(self, stage: Any, i: int, x: Tensor) -> Tensor:
-        x = resnet_block(stage.resnets[i], x, next(self.times), next(self.weights))
-        if stage.attentions is not None and i < len(stage.attentions): x = spatial_transformer(stage.attentions[i], x, next(self.texts))
+        x = resnet_block(stage.resnets[i], x, next(self.times))
+        if stage.attentions is not None and i < len(stage.attentions): x = spatial_transformer(stage.attentions[i], x, next(self.texts), self.joints)
         if stage.motion_modules is None or i >= len(stage.motion_modules): return x
-        return motion_module(stage.motion_modules[i], x, self.motion_context)
+        return motion_module(stage.motion_modules[i], x, self.joints, self.motion_context)
 
 # %% ../nbs/17_speed.ipynb #1962b4fc
 def walk_down(unet: Any, walk: Walk, x: Tensor, stages: Sequence[Any]) -> list[Tensor]:
@@ -332,7 +333,7 @@ def shallow(unet: Any, kit: Kit, x: Tensor) -> tuple[Walk, list[Tensor]]:
     down, up = unet.down_blocks[0], unet.up_blocks[-1]
     stored = walk_down(unet, Walk(kit), x, [down])
     texts, last = 0 if up.attentions is None else len(up.attentions), -len(up.resnets)
-    return Walk(Kit(kit.times[last:], kit.texts[len(kit.texts) - texts:], [], kit.weights[last:], kit.motion_context)), stored
+    return Walk(Kit(kit.times[last:], kit.texts[len(kit.texts) - texts:], [], kit.joints, kit.motion_context)), stored
 
 # %% ../nbs/17_speed.ipynb #165245ee
 KNOWN = {ResnetBlock, VideoGroupNorm, InflatedConv2d, TimestepEmbedding, Downsample, Upsample, Attention, GEGLU, FeedForward,
@@ -373,9 +374,11 @@ class FastUNet(UNet3DConditionModel):
                 motion_context: Tensor | None = None, added_cond_kwargs: Mapping[str, Tensor] | None = None,
                 timestep_cond: Tensor | None = None) -> Tensor:
         text = check_inputs(self.config, sample, encoder_hidden_states)
-        kit, key = make_kit(self, len(sample), timestep, text, motion_context, added_cond_kwargs, timestep_cond)
-        alike = motion_context is None and len(kit.times[0]) == 1 and bool((sample == sample[:1]).all())
-        return step(self, sample[:1] if alike else sample, kit, len(sample), key)
+        with torch.inference_mode():
+            kit, key = make_kit(self, len(sample), timestep, text, motion_context, added_cond_kwargs, timestep_cond)
+            alike = motion_context is None and len(kit.times[0]) == 1 and bool((sample == sample[:1]).all())
+            out = step(self, sample[:1] if alike else sample, kit, len(sample), key)
+        return out.clone()                                                                       # a tensor like any other
 
 # %% ../nbs/17_speed.ipynb #fda5dfd2
 def make_kit(unet: Any, batch: int, timestep: Any, text: Tensor, context: Tensor | None, added: Any, condition: Any) -> tuple[Kit, Any]:
@@ -389,7 +392,7 @@ def make_kit(unet: Any, batch: int, timestep: Any, text: Tensor, context: Tensor
                                 for stage in stages(unet) if stage.attentions is not None for layer in stage.attentions]
     def kernels() -> list[Tensor]: return [spread(stage.upsamplers[0].conv.weight) for stage in unet.up_blocks if stage.upsamplers is not None]
     clocks = once(("time", *times, batch * (not shared)), clock) if plain else clock()
-    return Kit(clocks, once(("text", key), read), once("kernels", kernels), once("weights", lambda: weights_of(unet)), context), key
+    return Kit(clocks, once(("text", key), read), once("kernels", kernels), once("joints", lambda: all_joints(unet)), context), key
 
 # %% ../nbs/17_speed.ipynb #8488ec69
 def step(unet: FastUNet, sample: Tensor, kit: Kit, batch: int, key: Any) -> Tensor:
@@ -415,6 +418,11 @@ class FastPipeline(AnimationPipeline):
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         with self.unet.once: return super().__call__(*args, **options)  # type: ignore[union-attr]
+
+    def decode(self, *args: Any, **options: Any) -> Any:
+        kept: Any = self.unet.once.kept  # type: ignore[union-attr]
+        if kept: kept.clear()
+        return super().decode(*args, **options)
 
 # %% ../nbs/17_speed.ipynb #3ba29b89
 def fast_pipeline(pipe: AnimationPipeline, every: int = 1) -> FastPipeline:

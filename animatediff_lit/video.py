@@ -21,7 +21,6 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 import imageio_ffmpeg
-import mediapy as mp
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -111,6 +110,7 @@ def read_animation(path: Path) -> tuple[np.ndarray, float, str]:
 # %% ../nbs/01_video.ipynb #6017c63b
 def mp4(frames: np.ndarray, fps: float) -> bytes:
     "The bytes of an h264 video in yuv420p, by the ffmpeg that imageio-ffmpeg brings along: frames `(f, h, w, 3)`, uint8."
+    import mediapy as mp
     mp.set_ffmpeg(imageio_ffmpeg.get_ffmpeg_exe())
     even = [(0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)]
     return mp.compress_video(np.pad(frames, even, mode="edge"), fps=fps)
@@ -118,6 +118,7 @@ def mp4(frames: np.ndarray, fps: float) -> bytes:
 # %% ../nbs/01_video.ipynb #086a5c7c
 def read_mp4(path: Path) -> tuple[np.ndarray, float, str]:
     "Frames, frames per second and an empty caption."
+    import mediapy as mp                                       # it takes a while, and only video files need it
     mp.set_ffmpeg(imageio_ffmpeg.get_ffmpeg_exe())
     video = mp.read_video(path)
     assert video.metadata is not None                           # a file that was read has them

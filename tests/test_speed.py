@@ -77,6 +77,16 @@ def test_for_every_question(asked):
     with torch.no_grad(): assert close(FastUNet(model)(*inputs), model(*inputs))
 
 
+def test_only_equal_clips_share_their_beginning():
+    model = unet()
+    fast, (sample, t, text) = FastUNet(model), question(model, alike=True)
+    other, same = sample.clone(), text[:1].repeat(2, 1, 1)
+    other[1, -1, -1, -1, -1] += 1                                      # the very last number
+    with torch.no_grad():
+        for inputs in [(sample, t, text), (other, t, text), (other, t, same), (sample, t, same)]: assert close(fast(*inputs), model(*inputs))
+    assert count_flops(lambda: fast(sample, t, text)) < count_flops(lambda: fast(other, t, text))
+
+
 def test_without_a_text_and_with_the_text_changing_under_way():
     model, inputs = unet(), question(unet())
     fast = FastUNet(model)
@@ -147,7 +157,8 @@ def test_the_original_stays_as_it_is():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(p.data_ptr() == q.data_ptr() for p, q in zip(model.parameters(), fast.parameters(), strict=True))
     model(*inputs).sum().backward()                                    # and it still learns
-    assert not fast(*inputs).requires_grad
+    out = fast(*inputs)
+    assert not out.requires_grad and not out.is_inference()            # a tensor like any other
 
 
 def test_the_pipeline_makes_the_same_frames(pipe):
@@ -164,6 +175,13 @@ def test_nothing_is_kept_behind_a_failed_clip(pipe):
     quick = fast_pipeline(pipe)
     with pytest.raises(ValueError, match="does not know"): quick("a purple cow", **CALL)
     assert quick.unet.once.kept is None
+
+
+def test_nothing_is_kept_while_the_frames_are_decoded(pipe, monkeypatch):
+    quick, kept = fast_pipeline(pipe), []
+    monkeypatch.setattr(AnimationPipeline, "decode", lambda self, *_: [kept.append(dict(self.unet.once.kept))])
+    quick("a red star moving left", **CALL)
+    assert kept == [{}]
 
 
 # ---- cached steps
@@ -331,4 +349,4 @@ def test_importing_the_package_takes_little_more_than_torch():
     def least(module: str) -> float:
         code = f"import time; t = time.process_time(); import {module}; print(time.process_time() - t)"
         return min(float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) for _ in range(2))
-    with warnings.catch_warnings(): assert least("animatediff_lit") <= 1.3 * least("torch")
+    with warnings.catch_warnings(): assert least("animatediff_lit.pipeline") <= 1.3 * least("torch")
