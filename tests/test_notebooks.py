@@ -27,7 +27,7 @@ MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p.stem not in ("__init__", 
 BOOK = {
     "00_tour": None, "01_video": "video", "02_diffusion": "diffusion", "03_latents": "latents", "04_blocks": "blocks",
     "05_spatial": "spatial", "06_temporal": "temporal", "07_motion": "motion", "08_unet": "unet", "09_sampling": "pipeline", "09b_evaluation": "evaluation",
-    "10_training": "training", "11_attention_maps": "attention_maps", "12_memory": "memory", "13_debugging": "debugging",
+    "10_training": "training", "10b_levers": "levers", "11_attention_maps": "attention_maps", "12_memory": "memory", "13_debugging": "debugging",
     "14_checkpoints": "checkpoints", "15_lora": "lora", "16_custom_motion": "custom_motion", "17_speed": "speed", "17b_benchmark": "benchmark",
     "17c_few_steps": "few_steps",
     "18_long_video": "long_video", "19_control": "control", "20_paper_claims": None, "21_contributing": "doctor",
