@@ -44,7 +44,7 @@ def test_stage_1_is_repeated_only_where_the_stills_are_others(lever, tmp_path):
 
 
 def test_the_context_reaches_the_motion_modules():
-    few = dict(clips=8, n=1, motion=replace(MOTION, steps=3, batch=4, warmup=1, log_every=1))
+    few = dict(clips=8, n=1, motion=replace(MOTION, steps=4, warmup=1, log_every=1))
     one, two = (train_lever(Lever(context=c), None, **few)["history"][-1]["loss"] for c in (False, True))
     assert one != two and one == pytest.approx(two, rel=0.2)
 
