@@ -118,9 +118,9 @@ def judged(pipe: AnimationPipeline, lever: Lever, n: int = 40) -> dict[str, Any]
     return {"rise": {t: statistics.mean(v) for t, v in probe.items()}, "gone": [way_gone(v.frames, s) for s, v in zip(scenes, clips)],
             "motion": [bool(judge(s, v.frames)["motion"]) for s, v in zip(scenes, clips)]}
 
-# %% ../nbs/10b_levers.ipynb #bf7d585c
+# %% ../nbs/10b_levers.ipynb #7eaa49e8
 def train_lever(lever: Lever, out: Path, seed: int = 0, clips: int = 1024, images: Recipe = IMAGES, motion: Recipe = MOTION, n: int = 40) -> dict[str, Any]:
-    "A short stage 2 with the decisions of `lever`, judged on `n` clips; what both stages of it have in common with others lies in `out`."
+    "A short stage 2 with the decisions of `lever`, judged on `n` clips; the checkpoint of a stage 1, where there is one, goes to `out`."
     nano = AnimationPipeline.from_pretrained("nano")
     data = encode_scenes(nano, moves(clips, 1, lever.cues, lever.travel), frames=8)
     pipe, start = base_for(lever, nano, data, out, images), time.process_time()
@@ -165,12 +165,12 @@ def lever_table(record: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 # %% ../nbs/10b_levers.ipynb #873d8e1e
 RECORD = NANO.parent / "levers.json"
 
-# %% ../nbs/10b_levers.ipynb #6519788c
-def training_pass(stage: str, way: str = "plain", batch: int | None = None) -> Callable[[], None]:
+# %% ../nbs/10b_levers.ipynb #94364441
+def training_pass(stage: str, way: str = "plain") -> Callable[[], None]:
     "A forward and a backward pass of stage 1 (`images`) or 2 (`motion`) of nano on noise: `plain`, in `bf16`, in `channels-last`, `compiled`, or with `two threads` and not one."
     unet, stills = UNet3DConditionModel.from_preset("nano"), stage == "images"
     unet.set_motion(not stills).set_frozen("motion" if stills else "spatial")
-    batch, frames, schedule = batch or (32 if stills else 8), 1 if stills else 16, nano_schedule()
+    (batch, frames), schedule = (32, 1) if stills else (8, 16), nano_schedule()
     if way == "channels-last":
         for p in unet.parameters():
             if p.ndim == 4: p.data = p.data.contiguous(memory_format=torch.channels_last)
