@@ -25,7 +25,7 @@ from .video import (BACKGROUNDS, COLOURS, MOTIONS, SHAPES, WORLD, Scene, Video, 
 # %% auto #0
 __all__ = ['VIDEO_ENCODER', 'STRAIGHT', 'MEASURES', 'grid', 'flicker', 'movement', 'VideoEncoder', 'to_model', 'NanoCLIP',
            'load_clip', 'caption_ids', 'alignment', 'judge', 'generate', 'through_autoencoder', 'wilson', 'lines',
-           'interval', 'summary', 'table', 'evaluate', 'main']
+           'interval', 'summary', 'table', 'judge_all', 'evaluate', 'main']
 
 # %% ../nbs/09b_evaluation.ipynb #3b98740e
 def grid(n: int = 330) -> list[Scene]:
@@ -183,6 +183,14 @@ def table(columns: dict[str, dict[str, list[float]]]) -> str:
     rows = [f"| {name} | " + " | ".join(cell(name, c.get(name)) for c in columns.values()) + " |" for name in names]
     return "\n".join([f"| | {' | '.join(columns)} |", "| --- |" + " --- |" * len(columns), *rows])
 
+# %% ../nbs/09b_evaluation.ipynb #5e1a0b01
+def judge_all(scenes: Sequence[Scene], videos: Sequence[Video], clip: NanoCLIP | None = None, tokenizer: Any = None) -> list[dict]:
+    "A row for each scene and its video; with the alignment, too, if there is a `clip` and its tokenizer."
+    rows = [judge(s, v.frames) for s, v in zip(scenes, videos)]
+    if clip is None: return rows
+    cosines = alignment(clip, tokenizer, [s.caption for s in scenes], [v.frames for v in videos]).diagonal().tolist()
+    return [row | {"alignment": cosine} for row, cosine in zip(rows, cosines)]
+
 # %% ../nbs/09b_evaluation.ipynb #6fd47775
 def evaluate(pipe: AnimationPipeline, out: str | Path, n: int = 330, clip: NanoCLIP | None = None, style: str = "plain", **options: Any) -> dict[str, dict[str, list[float]]]:
     "Judge `n` clips of a pipeline beside real ones of a `style`; alignment too if there is a `clip`. Writes `table.md`, `evaluation.json`, `sheet.png` and `moving.apng` into the folder `out`."
@@ -190,11 +198,7 @@ def evaluate(pipe: AnimationPipeline, out: str | Path, n: int = 330, clip: NanoC
     out.mkdir(parents=True, exist_ok=True)
     real = [Video(s.render(style=style), caption=s.caption) for s in scenes]
     made = {"model": generate(pipe, scenes, **options), "real clips": real, "through the autoencoder": through_autoencoder(pipe, real)}
-    rows = {name: [judge(s, v.frames) for s, v in zip(scenes, videos)] for name, videos in made.items()}
-    for name, videos in made.items():
-        if clip is None: break
-        cosines = alignment(clip, pipe.tokenizer, [s.caption for s in scenes], [v.frames for v in videos])
-        for row, cosine in zip(rows[name], cosines.diagonal()): row["alignment"] = cosine.item()
+    rows = {name: judge_all(scenes, videos, clip, pipe.tokenizer) for name, videos in made.items()}
     columns = {name: summary(r) for name, r in rows.items()}
     write_whole(out / "sheet.png", png(contact_sheet(made["model"][:40], columns=4)))
     moving_sheet(made["model"][:40], columns=8).save(out / "moving.apng", scale=1)

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from .debugging import fingerprint
 from .diffusion import NoiseSchedule
-from .evaluation import MEASURES, alignment, generate, grid, interval, judge, lines, load_clip, summary, table
+from .evaluation import MEASURES, generate, grid, interval, judge_all, lines, load_clip, summary, table
 from .pipeline import NANO, AnimationPipeline, denoise, draw_noise, guide
 from .speed import alternate, ratio
 from .training import LatentClips, Recipe, add_delta, encode_scenes, fit, nano_schedule, nano_scheduler, save_delta
@@ -139,10 +139,8 @@ def paired(rows: Sequence[dict], base: Sequence[dict]) -> dict[str, list[float]]
 # %% ../nbs/17c_few_steps.ipynb #50476cc9
 def clip_rows(pipe: AnimationPipeline, n: int, **options: Any) -> list[dict]:
     "Make and judge `n` clips of the grid."
-    scenes, clip = grid(n), load_clip(pipe)
-    frames = [video.frames for video in generate(pipe, scenes, **options)]
-    cosines = alignment(clip, pipe.tokenizer, [s.caption for s in scenes], frames).diagonal().tolist()
-    return [judge(s, f) | {"alignment": c} for s, f, c in zip(scenes, frames, cosines)]
+    scenes = grid(n)
+    return judge_all(scenes, generate(pipe, scenes, **options), load_clip(pipe), pipe.tokenizer)
 
 # %% ../nbs/17c_few_steps.ipynb #0f984c32
 def judge_nano(folder: str | Path, clips: int = 330) -> dict[str, Any]:

@@ -265,18 +265,21 @@ def nano_schedule() -> NoiseSchedule:
     return NoiseSchedule.from_scheduler(nano_scheduler())
 
 # %% ../nbs/10_training.ipynb #afd43765
-def denoising_loss(unet: nn.Module, clean: Tensor, noise: Tensor, t: Tensor, text: Tensor, schedule: NoiseSchedule) -> tuple[Tensor, dict[str, float]]:
-    "Mean squared error of the prediction, and the same for each quarter of the timesteps."
+def denoising_loss(unet: nn.Module, clean: Tensor, noise: Tensor, t: Tensor, text: Tensor, schedule: NoiseSchedule,
+                   weights: Tensor | None = None) -> tuple[Tensor, dict[str, float]]:
+    "Mean squared error of the prediction, and the same for each quarter of the timesteps; `weights`: one for each timestep."
     prediction = unet(schedule.add_noise(clean, noise, t), t, text)
     error = (prediction - schedule.target(clean, noise, t)).square().mean((1, 2, 3, 4))
+    if weights is not None: error = error * weights.to(error)[t]
     quarters = {f"t{q}": error[t * 4 // len(schedule) == q].mean().item() for q in range(4)}
     return error.mean(), quarters
 
 # %% ../nbs/10_training.ipynb #7b677068
-def train_denoiser(unet: nn.Module, draw: Callable, recipe: Recipe, **options: Any) -> list[dict[str, float]]:
-    "`fit` with nano's schedule and the loss of both stages: trains what is not frozen."
-    schedule = nano_schedule()
-    return fit(unet, draw, lambda m, **x: denoising_loss(m, **x, schedule=schedule), recipe, **options)
+def train_denoiser(unet: nn.Module, draw: Callable, recipe: Recipe, schedule: NoiseSchedule | None = None,
+                   weights: Tensor | None = None, **options: Any) -> list[dict[str, float]]:
+    "`fit` with the loss of both stages, with nano's schedule if no other is given: trains what is not frozen."
+    given: dict[str, Any] = dict(schedule=schedule or nano_schedule(), weights=weights)
+    return fit(unet, draw, lambda m, **x: denoising_loss(m, **x, **given), recipe, **options)
 
 def train_images(unet: UNet3DConditionModel, data: LatentClips, recipe: Recipe, **options: Any) -> list[dict[str, float]]:
     "Stage 1: the spatial layers learn from stills; the motion modules are switched off and stay as they are."

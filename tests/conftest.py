@@ -1,7 +1,11 @@
 """What all tests share: an offline environment, and the closing table of what each notebook took."""
 import os
+import subprocess
+import sys
 
 import pytest
+
+from measure import ROOT
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
 
@@ -10,6 +14,18 @@ COSTS = pytest.StashKey[list]()
 
 def pytest_configure(config):
     config.stash[COSTS] = []
+
+
+@pytest.fixture
+def run_in_two(tmp_path):
+    "Runs a script in two processes, with `out` as its argument."
+    def run(script: str, out) -> None:
+        (tmp_path / "two.py").write_text(script)
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "two.py"), str(out)]
+        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+    return run
 
 
 @pytest.fixture

@@ -4,9 +4,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -20,7 +17,6 @@ from animatediff_lit.evaluation import grid, judge, summary, table
 from animatediff_lit.few_steps import FOUR_STEPS, Segments, consistency_loss, distil, distil_nano, jump, main, paired
 from animatediff_lit.pipeline import NANO, AnimationPipeline, denoise, draw_noise, guide
 from animatediff_lit.training import LatentClips, Recipe, add_delta, nano_schedule, nano_scheduler
-from measure import ROOT
 
 SCHEDULE = nano_schedule()
 BLANK = torch.zeros(1, 1, 1)
@@ -140,12 +136,8 @@ if accelerator.is_main_process: torch.save(student.state_dict(), sys.argv[1])
 """
 
 
-def test_two_processes_end_where_one_does(tmp_path):
-    (tmp_path / "two.py").write_text(TWO)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "two.py"), str(tmp_path / "two.pt")]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_two_processes_end_where_one_does(run_in_two, tmp_path):
+    run_in_two(TWO, tmp_path / "two.pt")
     one, two = Tiny(), torch.load(tmp_path / "two.pt", weights_only=True)
     distil(one, data(), BLANK, Recipe(steps=4, batch=4, warmup=1, ema=0.5), Segments(SCHEDULE), 1)
     assert all(torch.allclose(p, two[n], atol=1e-6) and not torch.equal(p, Tiny().state_dict()[n]) for n, p in one.state_dict().items())

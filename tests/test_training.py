@@ -1,10 +1,7 @@
 """Training: a kill changes nothing, two processes compute what one does, the image model stays frozen, films train as drawings do."""
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,7 +12,6 @@ from animatediff_lit.pipeline import AnimationPipeline
 from animatediff_lit.training import LatentClips, Recipe, add_delta, main, save_delta, train_images, train_motion, train_nano, train_style
 from animatediff_lit.unet import UNet3DConditionModel
 from animatediff_lit.video import Scene, Video
-from measure import ROOT
 
 TINY = {name: Recipe(steps=2, batch=4, warmup=1, watch_every=2) for name in ("autoencoder", "text", "images", "motion")}
 
@@ -69,12 +65,8 @@ train_nano(sys.argv[1], FOUR, clips=16, accelerator=accelerator)
 """
 
 
-def test_two_processes_end_where_one_does(tmp_path):
-    (tmp_path / "two.py").write_text(TWO)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "two.py"), str(tmp_path / "two")]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_two_processes_end_where_one_does(run_in_two, tmp_path):
+    run_in_two(TWO, tmp_path / "two")
     train_nano(tmp_path / "one", FOUR, clips=16)
     one, two = (AnimationPipeline.from_pretrained(tmp_path / name) for name in ("one", "two"))
     for part in ("vae", "text_encoder", "unet"):
