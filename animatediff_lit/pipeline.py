@@ -28,10 +28,10 @@ from .video import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, Scene, Video, contact_
 __all__ = ['NANO', 'EXAMPLE', 'PROTOCOL', 'PARTS', 'FILES', 'HUB_ID', 'SAME_NAME', 'quiet', 'first_line', 'last_line', 'reading',
            'read_json', 'load_network', 'load_unet', 'load_rest', 'load_parts', 'guide', 'predict', 'is_whole',
            'seeds_for', 'draw_noise', 'step_options', 'check_change', 'denoise', 'as_prompts', 'as_negatives',
-           'check_whole', 'check_number', 'latent_side', 'latent_shape', 'check_latents', 'check_settings',
-           'find_folder', 'find_model', 'find_motion', 'is_plain', 'split_config', 'split_unet', 'replace_folder',
-           'write_index', 'tidy', 'save_parts', 'PipelineParts', 'AnimationPipeline', 'demo_prompts', 'slug',
-           'write_demo', 'run_demo', 'parse', 'main']
+           'check_whole', 'check_number', 'latent_side', 'latent_shape', 'check_latents', 'check_timesteps',
+           'check_settings', 'find_folder', 'find_model', 'find_motion', 'is_plain', 'split_config', 'split_unet',
+           'replace_folder', 'write_index', 'tidy', 'save_parts', 'PipelineParts', 'AnimationPipeline', 'demo_prompts',
+           'slug', 'write_demo', 'run_demo', 'parse', 'main']
 
 # %% ../nbs/09_sampling.ipynb #bc6cbff3
 NANO = Path(animatediff_lit.__file__).parent / "weights" / "nano"
@@ -170,16 +170,19 @@ def check_change(changed: Tensor | None, latents: Tensor) -> Tensor:
 # %% ../nbs/09_sampling.ipynb #e370218e
 @torch.no_grad()
 def denoise(unet: UNet3DConditionModel, scheduler: Any, noise: Tensor, text: Tensor, no_text: Tensor | None = None,
-            steps: int = 25, scale: float = 7.5, generators: Sequence[torch.Generator] | None = None, eta: float = 0.0,
+            steps: int | Sequence[int] = 25, scale: float = 7.5, generators: Sequence[torch.Generator] | None = None, eta: float = 0.0,
             progress: bool = False, callback: Callable | None = None) -> Tensor:
     """From standard normal noise to clean latents: `(b, c, f, h, w)` -> the same.
 
-    `text`, and `no_text` for guidance by `scale`: `(b, tokens, dim)`. After each step `callback(step, timestep, latents)`
-    is called; what it returns, if anything, takes the place of the latents. A number of steps that the scheduler does
-    not take raises a ValueError, NaN on the way a FloatingPointError.
+    `text`, and `no_text` for guidance by `scale`: `(b, tokens, dim)`. `steps`: how many, or the timesteps themselves. After
+    each step `callback(step, timestep, latents)` is called; what it returns, if anything, takes the place of the latents.
+    Steps that the scheduler does not take raise a ValueError, NaN on the way a FloatingPointError.
     """
-    try: scheduler.set_timesteps(steps, device=noise.device)
-    except Exception as error: raise ValueError(f"{type(scheduler).__name__} does not take {steps} steps: {first_line(error)}") from None
+    asked = dict(timesteps=list(steps)) if isinstance(steps, Sequence) else dict(num_inference_steps=steps)
+    try: scheduler.set_timesteps(**asked, device=noise.device)
+    except Exception as error:
+        what = "timesteps of your own" if isinstance(steps, Sequence) else f"{steps} steps"
+        raise ValueError(f"{type(scheduler).__name__} does not take {what}: {first_line(error)}") from None
     options, latents = step_options(scheduler, generators, eta), noise * scheduler.init_noise_sigma
     for i, t in enumerate(tqdm(scheduler.timesteps, desc="denoising", unit="step", disable=not progress)):
         noisy = scheduler.scale_model_input(latents, t)
@@ -254,6 +257,15 @@ def check_latents(latents: Any, shape: Sequence[int]) -> Tensor:
     if latents.shape != tuple(shape): raise ValueError(f"latents has shape {tuple(latents.shape)}: {advice}.")
     if not latents.isfinite().all(): raise ValueError(f"latents contains NaN or infinity: {advice}.")
     return latents
+
+# %% ../nbs/09_sampling.ipynb #71e92992
+def check_timesteps(timesteps: Any, most: int) -> list[int]:
+    "`timesteps` as a list, if they are whole numbers below `most` that fall; otherwise a TypeError or ValueError."
+    why = f"give a list of whole numbers from {most - 1} down to 0, each smaller than the one before."
+    if not isinstance(timesteps, (list, tuple)): raise TypeError(f"timesteps is {timesteps!r}: {why}")
+    for t in timesteps: check_whole("A timestep", t, 0, most - 1, why)
+    if timesteps and all(a > b for a, b in zip(timesteps, timesteps[1:])): return list(timesteps)
+    raise ValueError(f"timesteps is {timesteps!r}: {why}")
 
 # %% ../nbs/09_sampling.ipynb #2799815a
 PROTOCOL = ("set_timesteps", "init_noise_sigma", "scale_model_input", "step")
@@ -470,23 +482,26 @@ class AnimationPipeline(PipelineParts):
     def __call__(self, prompt: str | Sequence[str], video_length: int = 16, num_inference_steps: int = 25,
                  guidance_scale: float = 7.5, seed: int | Sequence[int] = 0, negative_prompt: str | Sequence[str] = "",
                  latents: Tensor | None = None, eta: float = 0.0, height: int | None = None, width: int | None = None,
-                 progress: bool = True, callback: Callable | None = None, fps: float = 8) -> Video | list[Video]:
+                 progress: bool = True, callback: Callable | None = None, fps: float = 8,
+                 timesteps: Sequence[int] | None = None) -> Video | list[Video]:
         """A `Video` for a prompt, a list of them for a list; a batch gives what its members give alone.
 
         `seed`: of a batch, the first, the others follow; or a list. `guidance_scale` of 1 or less asks without guidance,
         which halves the work and ignores `negative_prompt`. `latents`: the starting noise `(b, c, f, h, w)` in place of
         the seed's. `eta`: noise on the way, for DDIM. `height`, `width`: pixels. `callback(step, timestep, latents)` runs
-        after each step and may return other latents. What cannot work raises a TypeError or ValueError before any work.
+        after each step and may return other latents. `timesteps`: those to visit, in place of a number of steps, for
+        schedulers that take them. What cannot work raises a TypeError or ValueError before any work.
         """
         prompts = as_prompts(prompt)
         negatives, seeds = as_negatives(negative_prompt, len(prompts)), seeds_for(seed, len(prompts))
         check_settings(self.scheduler, num_inference_steps, guidance_scale, eta, fps, callback)
+        steps = num_inference_steps if timesteps is None else check_timesteps(timesteps, self.scheduler.config.num_train_timesteps)
         shape = latent_shape(self.unet, self.vae, video_length, height, width)
         generators = [torch.Generator().manual_seed(s) for s in seeds]
         noise = draw_noise(generators, shape)
         if latents is not None: noise = check_latents(latents, noise.shape)
         text, no_text = self.encode_prompt(prompts), self.encode_prompt(negatives) if guidance_scale > 1 else None
-        clean = denoise(self.unet, self.scheduler, noise.to(text), text, no_text, num_inference_steps, guidance_scale,
+        clean = denoise(self.unet, self.scheduler, noise.to(text), text, no_text, steps, guidance_scale,
                         generators, eta, progress, callback)
         videos = self.decode(clean, prompts, fps)
         return videos[0] if isinstance(prompt, str) else videos

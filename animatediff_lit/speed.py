@@ -133,6 +133,9 @@ class Once:
 
     def __exit__(self, *_: Any) -> None: self.kept = None
 
+    def clear(self) -> None:
+        if self.kept: self.kept.clear()
+
     def __call__(self, key: Any, make: Callable[[], Any]) -> Any:
         if self.kept is None: return make()
         if key not in self.kept: self.kept[key] = make()
@@ -420,8 +423,7 @@ class FastPipeline(AnimationPipeline):
         with self.unet.once: return super().__call__(*args, **options)  # type: ignore[union-attr]
 
     def decode(self, *args: Any, **options: Any) -> Any:
-        kept: Any = self.unet.once.kept  # type: ignore[union-attr]
-        if kept: kept.clear()
+        self.unet.once.clear()  # type: ignore[operator, union-attr]
         return super().decode(*args, **options)
 
 # %% ../nbs/17_speed.ipynb #3ba29b89
@@ -588,21 +590,22 @@ def optimize_inference(model: Any, example_input: Any = None, limit: float = 1e-
     """
     exactly, inputs, scenes = check_example(model, example_input)
     check_whole("rounds", rounds, 1, 1000, "give a whole number, at least 1.")
-    mode, exact = exactly.training, run_exactly(exactly.eval(), inputs)
-    best: Any = exactly
-    good = score(model, scenes, **options) if scenes else 0.0
-    plan: dict[str, Callable[[], nn.Module]] = {"work done once": lambda: FastUNet(best), "channels-last": lambda: channels_last(best), "bf16 autocast": lambda: in_bf16(best),
-            "dynamic int8": lambda: in_int8(exactly)} | ({"torch.compile": lambda: compiled(best, backend)} if backend else {})
-    with torch.no_grad():
-        took = median(alternate({"exact": lambda: exactly(*inputs)}, rounds, clock=clock)["exact"])
-        trials = Trials([Trial("as it is", took, peak_of(lambda: exactly(*inputs)), 0.0, True, "the exact output")])
-    for name, make in plan.items():
-        new, trial = attempt(make, best, exact, inputs, rounds, clock)
-        if trial.kept and scenes and (worse := good - score(with_unet(model, new), scenes, **options)) > 1: trial = trial._replace(kept=False, why=f"{worse:.0f} points worse")
-        if trial.kept and not scenes and not trial.distance <= limit: trial = trial._replace(kept=False, why=f"further than {limit:g} from the exact output")
-        if trial.kept and new is not None: best = new
-        trials.append(trial._replace(step=name))
-    exactly.train(mode)
+    with ExitStack() as after:
+        after.callback(exactly.train, exactly.training)
+        exact = run_exactly(exactly.eval(), inputs)
+        best: Any = exactly
+        good = score(model, scenes, **options) if scenes else 0.0
+        plan: dict[str, Callable[[], nn.Module]] = {"work done once": lambda: FastUNet(best), "channels-last": lambda: channels_last(best), "bf16 autocast": lambda: in_bf16(best),
+                "dynamic int8": lambda: in_int8(exactly)} | ({"torch.compile": lambda: compiled(best, backend)} if backend else {})
+        with torch.no_grad():
+            took = median(alternate({"exact": lambda: exactly(*inputs)}, rounds, clock=clock)["exact"])
+            trials = Trials([Trial("as it is", took, peak_of(lambda: exactly(*inputs)), 0.0, True, "the exact output")])
+        for name, make in plan.items():
+            new, trial = attempt(make, best, exact, inputs, rounds, clock)
+            if trial.kept and scenes and (worse := good - score(with_unet(model, new), scenes, **options)) > 1: trial = trial._replace(kept=False, why=f"{worse:.0f} points worse")
+            if trial.kept and not scenes and not trial.distance <= limit: trial = trial._replace(kept=False, why=f"further than {limit:g} from the exact output")
+            if trial.kept and new is not None: best = new
+            trials.append(trial._replace(step=name))
     if show: print(trials)
     return (with_unet(model, best) if scenes else best), trials
 

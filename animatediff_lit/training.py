@@ -311,10 +311,10 @@ def reversal_probe(pipe: AnimationPipeline, scenes: Sequence[Scene], t: int, see
 
 # %% ../nbs/10_training.ipynb #bb18580b
 NANO_RECIPES = {
-    "autoencoder": Recipe(steps=3500, batch=32, lr=2e-3, ema=0.998, seed=1),
-    "text": Recipe(steps=3800, batch=128, lr=1e-3, ema=0.995, seed=2),
-    "images": Recipe(steps=20000, batch=32, seed=4),
-    "motion": Recipe(steps=12000, batch=8, seed=5)}
+    "autoencoder": Recipe(steps=2500, batch=32, lr=2e-3, ema=0.998, seed=1),
+    "text": Recipe(steps=2000, batch=128, lr=1e-3, ema=0.995, seed=2),
+    "images": Recipe(steps=9000, batch=32, seed=4),
+    "motion": Recipe(steps=4200, batch=8, seed=5)}
 
 # %% ../nbs/10_training.ipynb #d6aff008
 def tokenizer_for(captions: Sequence[Sequence[str]]) -> Any:
@@ -394,7 +394,7 @@ def training_scenes(n: int) -> list[Scene]:
     return draw_scenes(n, seed=2) + [s for s in draw_scenes(2 * n, seed=3) if s.motion.startswith("spinning")]
 
 # %% ../nbs/10_training.ipynb #0820a1c3
-def train_nano(folder: str | Path, recipes: Mapping[str, Recipe] | None = None, clips: int = 12288, accelerator: Any = None,
+def train_nano(folder: str | Path, recipes: Mapping[str, Recipe] | None = None, clips: int = 4096, accelerator: Any = None,
                films: tuple[str | Path, str | Path] | None = None) -> AnimationPipeline:
     """Train nano from nothing and write it to `folder` as a standard diffusers pipeline, with its log in `training.json`.
 
@@ -421,7 +421,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m animatediff_lit.training", description="Train nano from nothing.")
     parser.add_argument("--out", default="my-nano", help="folder to write the pipeline to; checkpoints go to the same name with -runs behind it")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the recipes' steps to train")
-    parser.add_argument("--clips", type=int, default=12288, help="clips to render, or to cut out of the films")
+    parser.add_argument("--clips", type=int, default=4096, help="clips to render, or to cut out of the films")
     parser.add_argument("--films", nargs=2, metavar=("FOLDER", "CSV"), help="train on real videos in WebVid's layout: {videoid}.mp4 in FOLDER, and a CSV file with the columns videoid and name")
     args = parser.parse_args(argv)
     if not args.scale > 0 or args.clips < 256: parser.error("--scale must be above 0, and --clips at least 256.")

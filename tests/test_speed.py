@@ -327,6 +327,7 @@ def test_bf16_and_then_compiled_is_still_bf16():
     (nn.Identity(), torch.tensor([math.nan]), ValueError, "not finite")])
 def test_bad_input(model, example, error, words):
     with pytest.raises(error, match=words): optimize_inference(model, example, show=False)
+    assert model == "nano" or model.training                                        # left as it was
 
 
 def test_a_pipeline_is_judged_by_scenes(pipe):
