@@ -1155,6 +1155,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'animatediff_lit.speed.among_pixels': ('speed.html#among_pixels', 'animatediff_lit/speed.py'),
                                        'animatediff_lit.speed.as_clips': ('speed.html#as_clips', 'animatediff_lit/speed.py'),
                                        'animatediff_lit.speed.as_images': ('speed.html#as_images', 'animatediff_lit/speed.py'),
+                                       'animatediff_lit.speed.ask_all': ('speed.html#ask_all', 'animatediff_lit/speed.py'),
                                        'animatediff_lit.speed.ask_text': ('speed.html#ask_text', 'animatediff_lit/speed.py'),
                                        'animatediff_lit.speed.attempt': ('speed.html#attempt', 'animatediff_lit/speed.py'),
                                        'animatediff_lit.speed.by_head': ('speed.html#by_head', 'animatediff_lit/speed.py'),

@@ -9,8 +9,9 @@ import copy
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 import numpy as np
@@ -21,13 +22,13 @@ from .debugging import fingerprint
 from .diffusion import NoiseSchedule
 from .evaluation import MEASURES, generate, grid, interval, judge_all, lines, load_clip, summary, table
 from .pipeline import NANO, AnimationPipeline, denoise, draw_noise, guide
-from .speed import alternate, ratio
+from .speed import FastUNet, alternate, ratio
 from .training import LatentClips, Recipe, add_delta, encode_scenes, fit, nano_schedule, nano_scheduler, save_delta
 from .video import draw_scenes, write_whole
 
 # %% auto #0
-__all__ = ['FOUR_STEPS', 'RECORD', 'RECIPE', 'jump', 'Segments', 'consistency_loss', 'distil', 'write_record', 'distil_nano',
-           'paired', 'clip_rows', 'judge_nano', 'main']
+__all__ = ['FOUR_STEPS', 'RECORD', 'RECIPE', 'jump', 'Segments', 'consistency_loss', 'distil', 'nano_path', 'write_record',
+           'distil_nano', 'four_step_pipeline', 'paired', 'clip_rows', 'judge_nano', 'main']
 
 # %% ../nbs/17c_few_steps.ipynb #bf15aa85
 def jump(output: Tensor, noisy: Tensor, turn: Tensor) -> Tensor:
@@ -42,17 +43,22 @@ def jump(output: Tensor, noisy: Tensor, turn: Tensor) -> Tensor:
 class Segments:
     """The timesteps of `steps * per` steps of a teacher, the noisiest first, and -1 for the clip; `per` of them are one step of the student.
 
-    Needs a schedule with v-prediction, and at least one step each: a ValueError otherwise. `i`, `j` `(b,)` are places in `times`.
+    `bend` 1: evenly spaced; above 1: closer together towards the clip. Needs a schedule with v-prediction, at least one step each, and
+    timesteps that differ: a ValueError otherwise. `i`, `j` `(b,)` are places in `times`.
     """
 
-    def __init__(self, schedule: NoiseSchedule, steps: int = 4, per: int = 3):
+    def __init__(self, schedule: NoiseSchedule, steps: int = 4, per: int = 3, bend: float = 1.0):
         if schedule.prediction != "v_prediction": raise ValueError(f"The schedule's model predicts {schedule.prediction!r}, and a jump needs 'v_prediction': convert the prediction first.")
         if steps < 1 or per < 1: raise ValueError(f"A path of {steps} steps with {per} of the teacher's in each: give at least 1 of both.")
         self.schedule, self.steps, self.per = schedule, steps, per
-        self.times = torch.tensor([*schedule.ddim_timesteps(steps * per, "trailing"), -1])
+        share = (torch.tensor(schedule.ddim_timesteps(steps * per, "trailing")) + 1) / len(schedule)
+        self.times = torch.cat([(len(schedule) * share ** bend).round().long() - 1, torch.tensor([-1])])
+        if (self.times.diff() >= 0).any(): raise ValueError(f"With a bend of {bend} some of the {steps * per} timesteps are the same: bend less, or take fewer steps.")
         abar = torch.cat([schedule.alphas_cumprod, torch.ones(1)])[self.times]                  # at -1, the last: all clip
         self.angles = torch.atan2((1 - abar).sqrt(), abar.sqrt())
 
+    @property
+    def stops(self) -> list[int]: return self.times[:-1:self.per].tolist()
     def end(self, i: Tensor) -> Tensor: return (i // self.per + 1) * self.per
     def turn(self, i: Tensor, j: Tensor) -> Tensor: return self.angles[i] - self.angles[j]
     def ask(self, model: Callable, x: Tensor, i: Tensor, text: Tensor) -> Tensor:
@@ -101,6 +107,11 @@ FOUR_STEPS = NANO.parent / "few_steps" / "four_steps.safetensors"
 RECORD = FOUR_STEPS.with_suffix(".json").name
 RECIPE = Recipe(steps=1000, batch=8, lr=3e-4, warmup=50, ema=0.99, save_every=50, log_every=50, seed=7)
 
+# %% ../nbs/17c_few_steps.ipynb #4b261973
+def nano_path() -> Segments:
+    "The path of nano's student."
+    return Segments(nano_schedule(), bend=1.5)
+
 # %% ../nbs/17c_few_steps.ipynb #716e9383
 def write_record(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     "Write how the student in `folder` was trained, and how it was judged."
@@ -115,15 +126,23 @@ def distil_nano(folder: str | Path, recipe: Recipe = RECIPE, clips: int = 2048, 
     the training continues.
     """
     folder, pipe = Path(folder), AnimationPipeline.from_pretrained("nano")
-    teacher = copy.deepcopy(pipe.unet).requires_grad_(False)
-    before, data = fingerprint(*teacher.state_dict().values()), encode_scenes(pipe, draw_scenes(clips, seed=7))
-    history = distil(pipe.unet, data, pipe.encode_prompt(""), recipe, teacher=teacher, accelerator=accelerator,
+    nano = copy.deepcopy(pipe.unet).requires_grad_(False)
+    before, data = fingerprint(*nano.state_dict().values()), encode_scenes(pipe, draw_scenes(clips, seed=7))
+    history = distil(pipe.unet, data, pipe.encode_prompt(""), recipe, nano_path(), teacher=FastUNet(nano), accelerator=accelerator,
                      checkpoint=folder.with_name(folder.name + "-runs") / f"{before}.ckpt")
     pipe.unet.eval()
     if accelerator is None or accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        save_delta(pipe.unet, teacher, folder / FOUR_STEPS.name)
+        save_delta(pipe.unet, nano, folder / FOUR_STEPS.name)
         write_record(folder, dict(nano=before, recipe=asdict(recipe), clips=clips, history=history))
+    return pipe
+
+# %% ../nbs/17c_few_steps.ipynb #8e93ba50
+def four_step_pipeline(folder: str | Path | None = FOUR_STEPS.parent) -> AnimationPipeline:
+    "Nano with the differences in `folder`, if there is one, for `timesteps=nano_path().stops`; a student takes `guidance_scale=1`."
+    from diffusers import EulerDiscreteScheduler
+    pipe = AnimationPipeline.from_pretrained("nano", scheduler=EulerDiscreteScheduler.from_config(nano_scheduler().config))
+    if folder is not None: add_delta(pipe.unet, Path(folder) / FOUR_STEPS.name)
     return pipe
 
 # %% ../nbs/17c_few_steps.ipynb #7bd6f87f
@@ -137,25 +156,23 @@ def paired(rows: Sequence[dict], base: Sequence[dict]) -> dict[str, list[float]]
     return {name: difference(name, d) for name, d in more.items() if d}
 
 # %% ../nbs/17c_few_steps.ipynb #50476cc9
-def clip_rows(pipe: AnimationPipeline, n: int, **options: Any) -> list[dict]:
+def clip_rows(pipe: AnimationPipeline, options: Mapping[str, Any], n: int) -> list[dict]:
     "Make and judge `n` clips of the grid."
     scenes = grid(n)
     return judge_all(scenes, generate(pipe, scenes, **options), load_clip(pipe), pipe.tokenizer)
 
 # %% ../nbs/17c_few_steps.ipynb #0f984c32
 def judge_nano(folder: str | Path, clips: int = 330) -> dict[str, Any]:
-    "Judge the student in `folder` with 4 steps against nano with 25 and with 4, on `clips` clips, and put it into the record."
-    folder, pipe, fast = Path(folder), AnimationPipeline.from_pretrained("nano"), AnimationPipeline.from_pretrained("nano")
-    add_delta(fast.unet, folder / FOUR_STEPS.name)
-    many: dict[str, Any] = dict(num_inference_steps=25, guidance_scale=2.0)
-    few: dict[str, Any] = dict(num_inference_steps=4, guidance_scale=1.0)
-    rows = {"25 steps": json.loads((NANO / "evaluation.json").read_text(encoding="utf-8"))["rows"][:clips],
-            "4 steps, student": clip_rows(fast, clips, **few), "4 steps, nano": clip_rows(pipe, clips, **few | {"guidance_scale": 2.0})}
-    base = rows["25 steps"]
-    seconds = alternate({"many": lambda: pipe(base[0]["asked"], progress=False, **many), "few": lambda: fast(base[0]["asked"], progress=False, **few)},
-                        clock=time.process_time)
-    found = dict(judged=clips, summary={name: summary(r) for name, r in rows.items()}, time=ratio(seconds, "few", to="many"),
-                 more={name: paired(r, base) for name, r in rows.items() if r is not base})
+    "Judge the student in `folder` with 4 steps, and nano with 4 such and with 4 even ones, against nano with 25, on `clips` clips, and put it into the record."
+    folder, many = Path(folder), dict(num_inference_steps=25, guidance_scale=2.0)
+    few: dict[str, Any] = dict(timesteps=nano_path().stops, guidance_scale=2.0)
+    runs = {"25 steps": (AnimationPipeline.from_pretrained("nano"), many), "4 steps, student": (four_step_pipeline(folder), few | {"guidance_scale": 1.0}),
+            "4 steps, nano": (four_step_pipeline(None), few), "4 even steps, nano": (AnimationPipeline.from_pretrained("nano"), many | {"num_inference_steps": 4})}
+    rows = {"25 steps": json.loads((NANO / "evaluation.json").read_text(encoding="utf-8"))["rows"][:clips]}
+    rows |= {name: clip_rows(*run, clips) for name, run in runs.items() if name not in rows}
+    seconds = alternate({name: partial(pipe, rows["25 steps"][0]["asked"], progress=False, **options) for name, (pipe, options) in runs.items()}, clock=time.process_time)
+    found = dict(judged=clips, summary={name: summary(r) for name, r in rows.items()}, time={name: ratio(seconds, name, to="25 steps") for name in runs if name != "25 steps"},
+                 more={name: paired(r, rows["25 steps"]) for name, r in rows.items() if name != "25 steps"})
     return write_record(folder, json.loads((folder / RECORD).read_text(encoding="utf-8")) | found)
 
 # %% ../nbs/17c_few_steps.ipynb #1eb416c4

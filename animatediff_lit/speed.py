@@ -32,14 +32,14 @@ from .unet import DownBlock3D, MidBlock3D, UNet3DConditionModel, UpBlock3D, chec
 from .video import WORLD, Scene
 
 # %% auto #0
-__all__ = ['SPREAD', 'PIECE', 'KNOWN', 'alternate', 'ratio', 'where_time_goes', 'count_flops', 'machine_rate', 'read_text',
-           'ask_text', 'by_head', 'Once', 'content', 'stages', 'read_time', 'spread', 'as_images', 'as_clips', 'joint',
-           'among_frames', 'among_pixels', 'think', 'convolve', 'normalise', 'project', 'resnet_block', 'widen',
-           'spatial_transformer', 'motion_module', 'downsample', 'upsample', 'Kit', 'all_joints', 'Walk', 'walk_down',
-           'walk_up', 'network', 'shallow', 'check_known', 'FastUNet', 'make_kit', 'step', 'FastPipeline',
-           'fast_pipeline', 'share_found', 'score', 'time_against_quality', 'Trial', 'Trials', 'peak_of', 'twin',
-           'channels_last', 'forward_in_bf16', 'in_bf16', 'in_int8', 'compiled', 'distance', 'attempt', 'check_example',
-           'run_exactly', 'optimize_inference', 'with_unet']
+__all__ = ['SPREAD', 'PIECE', 'SMALL', 'KNOWN', 'alternate', 'ratio', 'where_time_goes', 'count_flops', 'machine_rate',
+           'read_text', 'ask_text', 'by_head', 'Once', 'content', 'stages', 'read_time', 'spread', 'as_images',
+           'as_clips', 'joint', 'ask_all', 'among_frames', 'among_pixels', 'think', 'convolve', 'normalise', 'project',
+           'resnet_block', 'widen', 'spatial_transformer', 'motion_module', 'downsample', 'upsample', 'Kit',
+           'all_joints', 'Walk', 'walk_down', 'walk_up', 'network', 'shallow', 'check_known', 'FastUNet', 'make_kit',
+           'step', 'FastPipeline', 'fast_pipeline', 'share_found', 'score', 'time_against_quality', 'Trial', 'Trials',
+           'peak_of', 'twin', 'channels_last', 'forward_in_bf16', 'in_bf16', 'in_int8', 'compiled', 'distance',
+           'attempt', 'check_example', 'run_exactly', 'optimize_inference', 'with_unet']
 
 # %% ../nbs/17_speed.ipynb #7ed89410
 def alternate(runs: Mapping[str, Callable[[], Any]], rounds: int = 5, warmup: int = 1,
@@ -179,18 +179,23 @@ def joint(a: Any) -> Tensor:
     "The weights of queries, keys and values as one matrix, whose rows stand head by head: `(h 3 d, c)`."
     return torch.stack([layer.weight.unflatten(0, (a.num_heads, -1)) for layer in (a.to_q, a.to_k, a.to_v)], dim=1).flatten(0, 2)
 
+# %% ../nbs/17_speed.ipynb #18cebcb8
+def ask_all(a: Any, x: Tensor, weight: Tensor | None = None) -> Sequence[Tensor]:
+    "Queries, keys and values of `(b, f, s, c)`, each `(b, f, s, h, d)`; with `weight`, the `joint(a)`, in one product."
+    h = a.num_heads
+    if weight is None: return [layer(x).unflatten(-1, (h, -1)) for layer in (a.to_q, a.to_k, a.to_v)]
+    return F.linear(x, weight).unflatten(-1, (h, 3, -1)).unbind(-2)
+
 # %% ../nbs/17_speed.ipynb #377ae20e
 def among_frames(a: Any, x: Tensor, weight: Tensor | None = None) -> Tensor:
     "Every pixel attends to itself in all frames, in place: `(b, f, s, c)` -> the same shape. `weight`: `joint(a)`."
-    (b, f, s, c), h = x.shape, a.num_heads
-    q, k, v = F.linear(x, joint(a) if weight is None else weight).view(b, f, s * h, 3, c // h).permute(3, 0, 2, 1, 4).unbind()       # b (s h) f d
+    q, k, v = (part.flatten(2, 3).transpose(1, 2) for part in ask_all(a, x, weight))             # b (s h) f d
     return a.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
 
 # %% ../nbs/17_speed.ipynb #e9bad1bf
 def among_pixels(a: Any, x: Tensor, weight: Tensor | None = None) -> Tensor:
     "The pixels of a frame attend to each other: `(b, f, s, c)` -> the same shape. `weight`: `joint(a)`."
-    (b, f, s, c), h = x.shape, a.num_heads
-    q, k, v = F.linear(x, joint(a) if weight is None else weight).view(b * f, s, h, 3, c // h).permute(3, 0, 2, 1, 4).unbind()       # (b f) h s d
+    q, k, v = (part.flatten(0, 1).transpose(1, 2) for part in ask_all(a, x, weight))             # (b f) h s d
     return a.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
 
 # %% ../nbs/17_speed.ipynb #2046a97d
@@ -206,8 +211,12 @@ def think(ff: Any, x: Tensor) -> Tensor:
     return torch.cat(parts).view(x.shape) if len(parts) > 1 else parts[0].view(x.shape)
 
 # %% ../nbs/17_speed.ipynb #1a041d3e
+SMALL = 2 ** 17                                      # numbers in a matrix that is worth a copy
+
 def convolve(conv: nn.Conv2d, x: Tensor, bias: Tensor | None) -> Tensor:
-    return as_clips(F.conv2d(as_images(x), conv.weight, bias, conv.stride, conv.padding), x.shape[1])
+    images = as_images(x)
+    if conv.weight.numel() > max(SMALL, x.numel()): images = images.contiguous()                 # or PyTorch would copy the weights into this order
+    return as_clips(F.conv2d(images, conv.weight, bias, conv.stride, conv.padding), x.shape[1])
 
 def normalise(norm: VideoGroupNorm, x: Tensor) -> Tensor:
     if not norm.across_frames: return as_clips(nn.GroupNorm.forward(norm, as_images(x)), x.shape[1])
@@ -234,7 +243,7 @@ def widen(x: Tensor, n: int) -> Tensor:
 def spatial_transformer(layer: Any, x: Tensor, texts: Sequence[tuple[Tensor, Tensor]], joints: Mapping[Any, Tensor]) -> Tensor:
     tokens = project(layer.proj_in, normalise(layer.norm, x).flatten(2, 3))                      # b f s c
     for block, read in zip(layer.transformer_blocks, texts):
-        tokens += among_pixels(block.attn1, block.norm1(tokens), joints[block.attn1])
+        tokens += among_pixels(block.attn1, block.norm1(tokens), joints.get(block.attn1))
         tokens = widen(tokens, len(read[0]))
         tokens = tokens + ask_text(block.attn2, block.norm2(tokens), read)
         tokens += think(block.ff, block.norm3(tokens))
@@ -250,7 +259,7 @@ def motion_module(module: Any, x: Tensor, joints: Mapping[Any, Tensor], motion_c
     for block in module.transformer_blocks:
         places = block.pos_embed(x.new_zeros(1, *tokens.shape[1::2])).transpose(0, 1)            # f 1 c
         for norm, attention in ((block.norm1, block.attn1), (block.norm2, block.attn2)):
-            tokens += among_frames(attention, norm(tokens).add_(places), joints[attention])
+            tokens += among_frames(attention, norm(tokens).add_(places), joints.get(attention))
         tokens += think(block.ff, block.norm3(tokens))
     return project(module.proj_out, tokens).unflatten(2, x.shape[2:4]).add_(x)
 
@@ -259,27 +268,27 @@ def downsample(layer: Downsample, x: Tensor) -> Tensor:
     if layer.padding == 0: x = F.pad(x, (0, 0, 0, 1, 0, 1))
     return convolve(layer.conv, x, layer.conv.bias)
 
-def upsample(layer: Upsample, x: Tensor, size: Sequence[int], kernel: Tensor) -> Tensor:
-    "To `size`; twice the height and width with the `kernel` of `spread`."
-    if tuple(size) == (2 * x.shape[2], 2 * x.shape[3]):
+def upsample(layer: Upsample, x: Tensor, size: Sequence[int], kernel: Tensor | None) -> Tensor:
+    "To `size`; twice the height and width with the `kernel` of `spread`, if there is one."
+    if kernel is not None and tuple(size) == (2 * x.shape[2], 2 * x.shape[3]):
         return as_clips(F.conv_transpose2d(as_images(x), kernel, layer.conv.bias, stride=2, padding=1), x.shape[1])
     return convolve(layer.conv, as_clips(F.interpolate(as_images(x), size=tuple(size)), x.shape[1]), layer.conv.bias)
 
 # %% ../nbs/17_speed.ipynb #a9d3275f
 class Kit(NamedTuple):
-    "What a call needs beyond the clip: of `read_time` for each ResNet block, `read_text` for each attention, `spread` for each upsampler, and `all_joints`."
+    "What a call needs beyond the clip: of `read_time` for each ResNet block, `read_text` for each attention, `spread` for each upsampler (None: too large to keep), and `all_joints`."
     times: list[Tensor]
     texts: list[list[tuple[Tensor, Tensor]]]
-    kernels: list[Tensor]
+    kernels: list[Tensor | None]
     joints: dict[Any, Tensor]
     motion_context: Tensor | None = None
 
 # %% ../nbs/17_speed.ipynb #ff7d23a7
 def all_joints(unet: UNet3DConditionModel) -> dict[Any, Tensor]:
-    "The `joint` of every self-attention, by the attention."
+    "The `joint` of every self-attention where it is `SMALL`, by the attention."
     blocks = [part for part in unet.modules() if isinstance(part, (SpatialTransformerBlock, TemporalTransformerBlock))]
     among = [block.attn1 for block in blocks] + [block.attn2 for block in blocks if isinstance(block, TemporalTransformerBlock)]
-    return {a: joint(a) for a in among}
+    return {a: joint(a) for a in among if 3 * a.to_q.weight.numel() <= SMALL}
 
 # %% ../nbs/17_speed.ipynb #f98c1e41
 class Walk:
@@ -393,7 +402,8 @@ def make_kit(unet: Any, batch: int, timestep: Any, text: Tensor, context: Tensor
     def clock() -> list[Tensor]: return read_time(unet, unet.embed_time(times[0] if shared else timestep, 1 if shared else batch, added, condition))
     def read() -> list: return [[read_text(block.attn2, text) for block in layer.transformer_blocks]
                                 for stage in stages(unet) if stage.attentions is not None for layer in stage.attentions]
-    def kernels() -> list[Tensor]: return [spread(stage.upsamplers[0].conv.weight) for stage in unet.up_blocks if stage.upsamplers is not None]
+    weights = [stage.upsamplers[0].conv.weight for stage in unet.up_blocks if stage.upsamplers is not None]
+    def kernels() -> list[Tensor | None]: return [spread(w) if 2 * w.numel() <= SMALL else None for w in weights]
     clocks = once(("time", *times, batch * (not shared)), clock) if plain else clock()
     return Kit(clocks, once(("text", key), read), once("kernels", kernels), once("joints", lambda: all_joints(unet)), context), key
 
