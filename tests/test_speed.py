@@ -113,6 +113,18 @@ def test_motion_switched_off():
     with torch.no_grad(): assert close(FastUNet(model)(*inputs), model(*inputs))
 
 
+def test_the_same_without_copies_of_weights(monkeypatch):
+    "As in a large model: no weights are joined, no kernels spread, and images smaller than the weights change their order."
+    monkeypatch.setattr(speed, "SMALL", 0)
+    model, ordered = unet(), []
+    assert not speed.all_joints(model) and all(k is None for k in speed.make_kit(FastUNet(model), 2, 500, question(model)[2], None, None, None)[0].kernels)
+    true, inputs = torch.nn.functional.conv2d, question(model, frames=1)
+    monkeypatch.setattr(speed.F, "conv2d", lambda x, *args: ordered.append(x.is_contiguous()) or true(x, *args))
+    out = FastUNet(model)(*inputs)
+    assert any(ordered) and not all(ordered)
+    with torch.no_grad(): assert close(out, model(*inputs))
+
+
 def test_in_double_precision():
     model = unet().double()
     inputs = [x.double() if x.is_floating_point() else x for x in question(model)]
