@@ -164,13 +164,13 @@ def clip_rows(pipe: AnimationPipeline, options: Mapping[str, Any], n: int) -> li
 # %% ../nbs/17c_few_steps.ipynb #0f984c32
 def judge_nano(folder: str | Path, clips: int = 330) -> dict[str, Any]:
     "Judge the student in `folder` with 4 steps, and nano with 4 such and with 4 even ones, against nano with 25, on `clips` clips, and put it into the record."
-    folder, many = Path(folder), dict(num_inference_steps=25, guidance_scale=2.0)
+    folder, pipe, many = Path(folder), AnimationPipeline.from_pretrained("nano"), dict(num_inference_steps=25, guidance_scale=2.0)
     few: dict[str, Any] = dict(timesteps=nano_path().stops, guidance_scale=2.0)
-    runs = {"25 steps": (AnimationPipeline.from_pretrained("nano"), many), "4 steps, student": (four_step_pipeline(folder), few | {"guidance_scale": 1.0}),
-            "4 steps, nano": (four_step_pipeline(None), few), "4 even steps, nano": (AnimationPipeline.from_pretrained("nano"), many | {"num_inference_steps": 4})}
+    runs = {"25 steps": (pipe, many), "4 steps, student": (four_step_pipeline(folder), few | {"guidance_scale": 1.0}),
+            "4 steps, nano": (four_step_pipeline(None), few), "4 even steps, nano": (pipe, many | {"num_inference_steps": 4})}
     rows = {"25 steps": json.loads((NANO / "evaluation.json").read_text(encoding="utf-8"))["rows"][:clips]}
     rows |= {name: clip_rows(*run, clips) for name, run in runs.items() if name not in rows}
-    seconds = alternate({name: partial(pipe, rows["25 steps"][0]["asked"], progress=False, **options) for name, (pipe, options) in runs.items()}, clock=time.process_time)
+    seconds = alternate({name: partial(p, rows["25 steps"][0]["asked"], progress=False, **options) for name, (p, options) in runs.items()}, clock=time.process_time)
     found = dict(judged=clips, summary={name: summary(r) for name, r in rows.items()}, time={name: ratio(seconds, name, to="25 steps") for name in runs if name != "25 steps"},
                  more={name: paired(r, rows["25 steps"]) for name, r in rows.items() if name != "25 steps"})
     return write_record(folder, json.loads((folder / RECORD).read_text(encoding="utf-8")) | found)

@@ -178,11 +178,9 @@ def denoise(unet: UNet3DConditionModel, scheduler: Any, noise: Tensor, text: Ten
     each step `callback(step, timestep, latents)` is called; what it returns, if anything, takes the place of the latents.
     Steps that the scheduler does not take raise a ValueError, NaN on the way a FloatingPointError.
     """
-    asked = dict(timesteps=list(steps)) if isinstance(steps, Sequence) else dict(num_inference_steps=steps)
-    try: scheduler.set_timesteps(**asked, device=noise.device)
-    except Exception as error:
-        what = "timesteps of your own" if isinstance(steps, Sequence) else f"{steps} steps"
-        raise ValueError(f"{type(scheduler).__name__} does not take {what}: {first_line(error)}") from None
+    name, what = ("timesteps", "timesteps of your own") if isinstance(steps, Sequence) else ("num_inference_steps", f"{steps} steps")
+    try: scheduler.set_timesteps(**{name: steps}, device=noise.device)
+    except Exception as error: raise ValueError(f"{type(scheduler).__name__} does not take {what}: {first_line(error)}") from None
     options, latents = step_options(scheduler, generators, eta), noise * scheduler.init_noise_sigma
     for i, t in enumerate(tqdm(scheduler.timesteps, desc="denoising", unit="step", disable=not progress)):
         noisy = scheduler.scale_model_input(latents, t)
