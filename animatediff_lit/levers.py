@@ -68,6 +68,7 @@ class Lever:
     travel: float = 1.0
     batch: int = 8
     context: bool = False
+    rate: float = 1.0
     longer: int = 1
 
 # %% ../nbs/10b_levers.ipynb #6cdd8353
@@ -123,7 +124,7 @@ def train_lever(lever: Lever, out: Path, seed: int = 0, clips: int = 1024, image
     data = encode_scenes(nano, moves(clips, 1, lever.cues, lever.travel), frames=8)
     pipe, start = base_for(lever, nano, data, out, images), time.process_time()
     schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
-    recipe = replace(motion, steps=lever.longer * motion.steps * motion.batch // lever.batch, batch=lever.batch, seed=seed)
+    recipe = replace(motion, steps=lever.longer * motion.steps * motion.batch // lever.batch, batch=lever.batch, lr=lever.rate * motion.lr, seed=seed)
     history = train_denoiser(pipe.unet, data.draw, recipe, schedule, weights_of(lever.weight, schedule), label="stage 2")
     pipe.unet.eval()
     return {"lever": asdict(lever), "seed": seed, "seconds": time.process_time() - start, "steps": recipe.steps, "history": history} | judged(pipe, lever, n)
@@ -135,7 +136,8 @@ LEVERS = {
     "betas to 0.012": Lever(beta_end=0.012),
     "no cues in stills": Lever(cues=False), "no cues, but context": Lever(cues=False, context=True), "context": Lever(context=True),
     "half the way": Lever(travel=0.5),
-    "batch of 16": Lever(batch=16), "twice as long": Lever(longer=2)}
+    "batch of 16": Lever(batch=16), "batch of 4": Lever(batch=4),
+    "half the rate": Lever(rate=0.5), "twice the rate": Lever(rate=2), "twice as long": Lever(longer=2)}
 
 # %% ../nbs/10b_levers.ipynb #b5009934
 def run_levers(out: str | Path, names: Sequence[str] = tuple(LEVERS), seeds: int = 1) -> dict[str, Any]:
