@@ -1303,8 +1303,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'animatediff_lit/training.py'),
                                           'animatediff_lit.training.train_nano': ( 'training.html#train_nano',
                                                                                    'animatediff_lit/training.py'),
-                                          'animatediff_lit.training.train_stages': ( 'training.html#train_stages',
-                                                                                     'animatediff_lit/training.py'),
                                           'animatediff_lit.training.train_style': ( 'training.html#train_style',
                                                                                     'animatediff_lit/training.py'),
                                           'animatediff_lit.training.training_scenes': ( 'training.html#training_scenes',

@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 import numpy as np
@@ -69,6 +70,7 @@ class Lever:
     batch: int = 8
     context: bool = False
     rate: float = 1.0
+    bias: float = 1.0
     longer: int = 1
 
 # %% ../nbs/10b_levers.ipynb #6cdd8353
@@ -125,7 +127,7 @@ def train_lever(lever: Lever, out: Path, seed: int = 0, clips: int = 1024, image
     pipe, start = base_for(lever, nano, data, out, images), time.process_time()
     schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
     recipe = replace(motion, steps=lever.longer * motion.steps * motion.batch // lever.batch, batch=lever.batch, lr=lever.rate * motion.lr, seed=seed)
-    history = train_denoiser(pipe.unet, data.draw, recipe, schedule, weights_of(lever.weight, schedule), label="stage 2")
+    history = train_denoiser(pipe.unet, partial(data.draw, bias=lever.bias), recipe, schedule, weights_of(lever.weight, schedule), label="stage 2")
     pipe.unet.eval()
     return {"lever": asdict(lever), "seed": seed, "seconds": time.process_time() - start, "steps": recipe.steps, "history": history} | judged(pipe, lever, n)
 
@@ -137,7 +139,9 @@ LEVERS = {
     "no cues in stills": Lever(cues=False), "no cues, but context": Lever(cues=False, context=True), "context": Lever(context=True),
     "half the way": Lever(travel=0.5),
     "batch of 16": Lever(batch=16), "batch of 4": Lever(batch=4),
-    "half the rate": Lever(rate=0.5), "twice the rate": Lever(rate=2), "twice as long": Lever(longer=2)}
+    "half the rate": Lever(rate=0.5), "twice the rate": Lever(rate=2), "twice as long": Lever(longer=2),
+    "more noise": Lever(bias=0.5), "more noise, twice the rate": Lever(bias=0.5, rate=2),
+    "still more noise, twice the rate": Lever(bias=0.35, rate=2), "more noise, four times the rate": Lever(bias=0.5, rate=4)}
 
 # %% ../nbs/10b_levers.ipynb #b5009934
 def run_levers(out: str | Path, names: Sequence[str] = tuple(LEVERS), seeds: int = 1) -> dict[str, Any]:

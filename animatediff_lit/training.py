@@ -35,8 +35,8 @@ __all__ = ['CAPTION_MIX', 'STILLS_BIAS', 'NANO_RECIPES', 'STYLES_FOLDER', 'step_
            'draw_frames', 'contrastive_loss', 'captions_of', 'draw_pairs', 'LatentClips', 'embed_captions',
            'encode_clips', 'nano_scheduler', 'nano_schedule', 'denoising_loss', 'train_denoiser', 'train_images',
            'train_motion', 'reversal_probe', 'tokenizer_for', 'train_encoders', 'loss_figure', 'watcher', 'film_clips',
-           'train_stages', 'save_nano', 'training_scenes', 'train_nano', 'main', 'encode_scenes', 'train_style',
-           'save_delta', 'add_delta']
+           'save_nano', 'training_scenes', 'train_nano', 'main', 'encode_scenes', 'train_style', 'save_delta',
+           'add_delta']
 
 # %% ../nbs/10_training.ipynb #0d4b1a48
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -152,7 +152,8 @@ def fit(model: nn.Module, draw: Callable, loss_fn: Callable, recipe: Recipe, che
     wrapped = accelerator.prepare(model) if accelerator else model
     main, device = accelerator is None or accelerator.is_main_process, next(model.parameters()).device
     model.train()
-    logs, start, last = defaultdict(list), time.perf_counter(), min(recipe.steps, until or recipe.steps)
+    logs, last = defaultdict(list), min(recipe.steps, until or recipe.steps)
+    start = time.perf_counter() - (run.history[-1]["seconds"] if run.history else 0)
     for _ in (bar := tqdm(range(run.step, last), initial=run.step, total=recipe.steps, desc=label, mininterval=2, disable=not main or "IN_TEST" in os.environ)):
         inputs = draw(step_generator(recipe.seed, run.step), recipe.batch)
         loss, numbers = loss_fn(wrapped, **{k: v[part].to(device) for k, v in inputs.items()})
@@ -229,16 +230,16 @@ class LatentClips:
     def __init__(self, latents: Tensor, table: Tensor, embeddings: Tensor):
         self.latents, self.table, self.embeddings = latents, table, embeddings
 
-    def draw(self, g: torch.Generator, batch: int, stills: bool = False, steps: int = 1000) -> dict[str, Tensor]:
-        "Clean latents, noise, one timestep for each clip, and the text: what `denoising_loss` takes."
+    def draw(self, g: torch.Generator, batch: int, stills: bool = False, bias: float = 1.0, steps: int = 1000) -> dict[str, Tensor]:
+        "Clean latents, noise, one timestep `steps * u ** bias` for each clip, and the text: what `denoising_loss` takes."
         i = torch.randint(len(self.latents), (batch,), generator=g)
         kind = torch.multinomial(torch.tensor([*CAPTION_MIX, 1 - sum(CAPTION_MIX)]), batch, True, generator=g)
         clean = self.latents[i].float()
         if stills: clean = clean[torch.arange(batch), :, torch.randint(clean.shape[2], (batch,), generator=g)][:, :, None]
-        t = (steps * torch.rand(batch, generator=g) ** (STILLS_BIAS if stills else 1.0)).long()
+        t = (steps * torch.rand(batch, generator=g) ** bias).long().clamp(max=steps - 1)
         return {"clean": clean, "noise": torch.randn(clean.shape, generator=g), "t": t, "text": self.embeddings[self.table[i, kind]]}
 
-    def draw_stills(self, g: torch.Generator, batch: int) -> dict[str, Tensor]: return self.draw(g, batch, stills=True)
+    def draw_stills(self, g: torch.Generator, batch: int) -> dict[str, Tensor]: return self.draw(g, batch, stills=True, bias=STILLS_BIAS)
 
 # %% ../nbs/10_training.ipynb #1d155ba8
 @torch.no_grad()
@@ -314,7 +315,7 @@ NANO_RECIPES = {
     "autoencoder": Recipe(steps=2500, batch=32, lr=2e-3, ema=0.998, seed=1),
     "text": Recipe(steps=2000, batch=128, lr=1e-3, ema=0.995, seed=2),
     "images": Recipe(steps=9000, batch=32, seed=4),
-    "motion": Recipe(steps=4200, batch=8, seed=5)}
+    "motion": Recipe(steps=4200, batch=8, lr=3e-3, seed=5)}
 
 # %% ../nbs/10_training.ipynb #d6aff008
 def tokenizer_for(captions: Sequence[Sequence[str]]) -> Any:
@@ -374,18 +375,13 @@ def film_clips(folder: str | Path, csv: str | Path, n: int) -> tuple[list[tuple[
     pairs = [part[i] for part in rounds for i in range(len(part))][:n]
     return [(caption,) * 4 for _, caption in pairs], torch.stack([clip for clip, _ in pairs])
 
-# %% ../nbs/10_training.ipynb #748937d0
-def train_stages(pipe: AnimationPipeline, data: LatentClips, runs: Path, recipes: Mapping[str, Recipe], accelerator: Any, watching: Callable) -> dict[str, list]:
-    "Both stages of a pipeline's UNet; returns their logs."
-    return {name: stage(pipe.unet, data, recipes[name], checkpoint=runs / f"{name}.ckpt", accelerator=accelerator, watch=watching(name))
-            for name, stage in (("images", train_images), ("motion", train_motion))}
-
 # %% ../nbs/10_training.ipynb #04ef9821
-def save_nano(folder: Path, pipe: AnimationPipeline, clip: NanoCLIP, recipes: Mapping[str, Recipe], log: dict[str, list]) -> None:
-    "The pipeline, the video half of nano-CLIP beside it, and the log."
+def save_nano(folder: Path, pipe: AnimationPipeline, clip: NanoCLIP, recipes: Mapping[str, Recipe], runs: Path) -> None:
+    "The pipeline, the video half of nano-CLIP beside it, and the logs of all parts, out of their checkpoints."
     pipe.save_pretrained(folder)
     save_file(clip.video.state_dict(), folder / VIDEO_ENCODER)
-    record = {"recipes": {n: asdict(r) for n, r in recipes.items()}, "history": log}
+    history = {n: torch.load(runs / f"{n}.ckpt", weights_only=True)["history"] for n in recipes}
+    record = {"recipes": {n: asdict(r) for n, r in recipes.items()}, "history": history}
     write_whole(folder / "training.json", (json.dumps(record, indent=1) + "\n").encode())
 
 # %% ../nbs/10_training.ipynb #d36dd5fe
@@ -410,9 +406,10 @@ def train_nano(folder: str | Path, recipes: Mapping[str, Recipe] | None = None, 
     pipe = AnimationPipeline(UNet3DConditionModel.from_preset("nano").to(device), vae, clip.text, tokenizer, nano_scheduler())
     judged = grid(11) if scenes else []
     prompts = [s.caption for s in judged] or [forms[0] for forms in captions[:11]]
-    log = train_stages(pipe, encode_clips(captions, frames, vae, clip.text, tokenizer), runs, recipes, accelerator,
-                       lambda stage: watcher(pipe, runs, stage, prompts, judged))
-    if accelerator is None or accelerator.is_main_process: save_nano(folder, pipe, clip, recipes, log)
+    data = encode_clips(captions, frames, vae, clip.text, tokenizer)
+    for name, stage in (("images", train_images), ("motion", train_motion)):
+        stage(pipe.unet, data, recipes[name], checkpoint=runs / f"{name}.ckpt", accelerator=accelerator, watch=watcher(pipe, runs, name, prompts, judged))
+    if accelerator is None or accelerator.is_main_process: save_nano(folder, pipe, clip, recipes, runs)
     return pipe
 
 # %% ../nbs/10_training.ipynb #049f74f0

@@ -82,6 +82,6 @@ def test_a_pace_is_a_share_of_the_plain_one():
 
 def test_the_record_holds_every_lever():
     record = json.loads(RECORD.read_text())
-    assert list(record["levers"]) == list(LEVERS) and set(record["paces"]) == {"images", "motion"}
-    for name, runs in record["levers"].items():
+    assert list(record["levers"] | record["timesteps"]) == list(LEVERS) and set(record["paces"]) == {"images", "motion"}
+    for name, runs in (*record["levers"].items(), *record["timesteps"].items()):
         for run in runs: assert Lever(**run["lever"]) == LEVERS[name] and len(run["gone"]) == len(run["motion"]) == len(record["levers"]["as nano"][0]["gone"])

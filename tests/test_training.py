@@ -1,7 +1,9 @@
 """Training: a kill changes nothing, two processes compute what one does, the image model stays frozen, films train as drawings do."""
 from __future__ import annotations
 
+import json
 import shutil
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -51,6 +53,24 @@ def test_stages_train_their_own_part_alone():
         changed = {n for n, w in unet.state_dict().items() if not torch.equal(w, before[n])}
         assert changed and all(("motion_modules" in n) == own for n in changed)
         assert all(p.requires_grad for p in unet.parameters())
+
+
+def test_timesteps_of_stills_lean_to_little_noise_and_others_as_told():
+    for draw, below in ((data().draw, 0.5), (data().draw_stills, 0.5 ** (1 / 1.6)), (partial(data().draw, bias=0.5), 0.25)):
+        t = draw(torch.Generator().manual_seed(3), 2000)["t"]
+        assert t.min() >= 0 and t.max() < 1000 and (t < 500).float().mean().item() == pytest.approx(below, abs=0.04)
+
+
+def test_the_seconds_of_a_resumed_run_go_on(tmp_path):
+    recipe = Recipe(steps=4, batch=2, warmup=1, log_every=1)
+    first, whole = ([row["seconds"] for row in train_images(new_unet(), data(), recipe, checkpoint=tmp_path / "x.ckpt", until=n)] for n in (2, 4))
+    assert whole[:2] == first and first[1] < whole[2] < whole[3]
+
+
+def test_the_log_tells_of_all_four_parts(tmp_path):
+    train_nano(tmp_path / "out", TINY, clips=16)
+    log = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert {name: rows[-1]["step"] for name, rows in log["history"].items()} == dict.fromkeys(TINY, 2) == {name: r["steps"] for name, r in log["recipes"].items()}
 
 
 FOUR = {name: Recipe(steps=4, batch=4, warmup=1, ema=0.5, watch_every=9) for name in TINY}

@@ -1,0 +1,48 @@
+"""The hour again: trains nano from nothing in two processes, judges 330 clips, and writes weights/hour.json, which chapter 10 shows.
+
+    python tests/hour.py OUT       an hour of two cores, and a quarter of one to judge; OUT is a folder that does not exist
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from measure import ROOT
+
+sys.path.insert(0, str(ROOT))
+from animatediff_lit.benchmark import machine
+from animatediff_lit.pipeline import NANO
+from animatediff_lit.video import write_whole
+
+COMMAND = "-m torch.distributed.run --standalone --nproc-per-node 2 -m animatediff_lit.training --out"
+
+
+def python(*words: str | Path) -> float:
+    "Runs Python with these words; the seconds it took."
+    start = time.perf_counter()
+    subprocess.run([sys.executable, *map(str, words)], check=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    return time.perf_counter() - start
+
+
+def record(out: Path) -> dict:
+    "Trains and judges; the `whole` run of hour.json."
+    seconds = python(*COMMAND.split(), out / "nano")
+    python("-m", "animatediff_lit.evaluation", "--model", out / "nano", "--out", out / "evaluation")
+    log = json.loads((out / "nano" / "training.json").read_text())
+    judged = json.loads((out / "evaluation" / "evaluation.json").read_text())
+    parts = {name: {key: rows[-1][key] for key in ("step", "seconds")} for name, rows in log["history"].items()}
+    return {"command": f"python {COMMAND}", "machine": machine("cpu", 1, "wall"), "seconds": seconds, "parts": parts, "recipes": log["recipes"],
+            "options": judged["options"], "summary": judged["summary"]["model"]}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=lambda name: Path(name).absolute(), help="a new folder for the run")
+    out = parser.parse_args().out
+    if out.exists(): parser.error(f"{out} is there already, and its time would not count: give a new folder.")
+    write_whole(NANO.parent / "hour.json", (json.dumps({"whole": record(out), "stage 2 again": []}, indent=1) + "\n").encode())
