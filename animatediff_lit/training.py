@@ -5,6 +5,7 @@
 # %% ../nbs/10_training.ipynb #3cf2c948
 from __future__ import annotations
 import argparse
+import copy
 import json
 import math
 import os
@@ -36,7 +37,7 @@ __all__ = ['CAPTION_MIX', 'STILLS_BIAS', 'NANO_RECIPES', 'STYLES_FOLDER', 'step_
            'encode_clips', 'nano_scheduler', 'nano_schedule', 'denoising_loss', 'train_denoiser', 'train_images',
            'train_motion', 'reversal_probe', 'tokenizer_for', 'train_encoders', 'loss_figure', 'watcher', 'film_clips',
            'save_nano', 'training_scenes', 'train_nano', 'main', 'encode_scenes', 'train_style', 'save_delta',
-           'add_delta']
+           'add_delta', 'StyledUNet']
 
 # %% ../nbs/10_training.ipynb #0d4b1a48
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -452,6 +453,20 @@ def add_delta(model: nn.Module, path: str | Path, scale: float = 1.0) -> None:
     wrong = [n for n, d in delta.items() if n not in own or own[n].shape != d.shape]
     if wrong: raise ValueError(f"{path} does not fit this model, which has no weight {wrong[0]} of the shape {tuple(delta[wrong[0]].shape)}: load the model that it was made from.")
     for n, d in delta.items(): own[n] += scale * d
+
+# %% ../nbs/10_training.ipynb #85bb8571
+class StyledUNet(UNet3DConditionModel):
+    "A UNet that has a style, a file of `save_delta`, at timesteps less than `below`, and none at the others. For inference; `unet` stays as it is."
+
+    def __init__(self, unet: UNet3DConditionModel, path: str | Path, below: int = 1000):
+        vars(self).update(vars(unet))                                          # the same parts, not copies
+        self._modules = dict(unet._modules)                                    # and a list of our own, for one more
+        self.styled, self.below = copy.deepcopy(unet), below
+        add_delta(self.styled, path)
+
+    def forward(self, sample: Tensor, timestep: Any, *args: Any, **options: Any) -> Tensor:
+        if torch.as_tensor(timestep).max() < self.below: return self.styled(sample, timestep, *args, **options)
+        return super().forward(sample, timestep, *args, **options)
 
 # %% ../nbs/10_training.ipynb #30cd714c
 if __name__ == "__main__" and "__file__" in globals(): main()          # a notebook is __main__ as well, but no file

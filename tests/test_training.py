@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from animatediff_lit.pipeline import AnimationPipeline
-from animatediff_lit.training import LatentClips, Recipe, add_delta, main, save_delta, train_images, train_motion, train_nano, train_style
+from animatediff_lit.speed import FastUNet
+from animatediff_lit.training import LatentClips, Recipe, StyledUNet, add_delta, main, save_delta, train_images, train_motion, train_nano, train_style
 from animatediff_lit.unet import UNet3DConditionModel
 from animatediff_lit.video import Scene, Video
 
@@ -159,3 +160,17 @@ def test_another_recipe_does_not_go_into_a_finished_run(tmp_path):
     stage = dict(checkpoint=tmp_path / "x.ckpt")
     train_motion(new_unet(), data(), Recipe(steps=2, batch=2, warmup=1), **stage)
     with pytest.raises(ValueError, match="belongs to another model"): train_images(new_unet(), data(), Recipe(steps=2, batch=2, warmup=1), **stage)
+
+
+def test_a_style_rules_below_its_timestep_alone(tmp_path):
+    base, tuned = (AnimationPipeline.from_pretrained("nano").unet for _ in range(2))
+    with torch.no_grad(): tuned.conv_out.weight += 0.125
+    save_delta(tuned, base, tmp_path / "style.safetensors")
+    before, styled = weights(base), StyledUNet(base, tmp_path / "style.safetensors", below=300)
+    x, text = torch.randn(2, 4, 3, 8, 8), torch.randn(2, 16, 64)
+    with torch.no_grad():
+        for t, like in ((300, base), (999, base), (299, tuned), (0, tuned), (torch.tensor([299, 10]), tuned), (torch.tensor([10, 300]), base)):
+            assert torch.equal(styled(x, t, text), like(x, t, text)), t
+        assert torch.equal(StyledUNet(base, tmp_path / "style.safetensors")(x, 999, text), tuned(x, 999, text))
+    assert all(torch.equal(p, before[n]) for n, p in base.state_dict().items()) and list(base.state_dict()) == list(before)
+    with pytest.raises(TypeError, match="does not know styled"): FastUNet(styled)
