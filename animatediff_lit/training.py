@@ -31,13 +31,13 @@ from .unet import UNet3DConditionModel
 from .video import Scene, VideoFolder, caption_variant, contact_sheet, draw_scenes, png, reverse_motion, write_whole
 
 # %% auto #0
-__all__ = ['CAPTION_MIX', 'STILLS_BIAS', 'NANO_RECIPES', 'STYLES_FOLDER', 'step_generator', 'Recipe', 'learning_rate',
-           'save_checkpoint', 'load_checkpoint', 'my_part', 'Run', 'fit', 'autoencoder_loss', 'render_clips',
-           'draw_frames', 'contrastive_loss', 'captions_of', 'draw_pairs', 'LatentClips', 'embed_captions',
-           'encode_clips', 'nano_scheduler', 'nano_schedule', 'denoising_loss', 'train_denoiser', 'train_images',
-           'train_motion', 'reversal_probe', 'tokenizer_for', 'train_encoders', 'loss_figure', 'watcher', 'film_clips',
-           'save_nano', 'training_scenes', 'train_nano', 'main', 'encode_scenes', 'train_style', 'save_delta',
-           'add_delta', 'StyledUNet']
+__all__ = ['CAPTION_MIX', 'STILLS_BIAS', 'CLIPS_BIAS', 'NANO_RECIPES', 'STYLES_FOLDER', 'step_generator', 'Recipe',
+           'learning_rate', 'save_checkpoint', 'load_checkpoint', 'my_part', 'orthogonal', 'Muon', 'Run', 'fit',
+           'autoencoder_loss', 'render_clips', 'draw_frames', 'contrastive_loss', 'captions_of', 'draw_pairs',
+           'LatentClips', 'embed_captions', 'encode_clips', 'nano_scheduler', 'nano_schedule', 'denoising_loss',
+           'train_denoiser', 'train_images', 'train_motion', 'reversal_probe', 'tokenizer_for', 'train_encoders',
+           'loss_figure', 'watcher', 'film_clips', 'save_nano', 'training_scenes', 'train_nano', 'main',
+           'encode_scenes', 'train_style', 'save_delta', 'add_delta', 'StyledUNet']
 
 # %% ../nbs/10_training.ipynb #0d4b1a48
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -48,7 +48,7 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 # %% ../nbs/10_training.ipynb #4a929b39
 @dataclass(frozen=True)
 class Recipe:
-    "How long and how fast to train. `batch` counts all processes together; `ema` is the decay of the averaged weights."
+    "How long and how fast to train. `batch` counts all processes together; `ema` is the decay of the averaged weights; `muon`: matrices learn with `Muon`."
     steps: int
     batch: int
     lr: float = 1.5e-3
@@ -57,6 +57,7 @@ class Recipe:
     weight_decay: float = 0.01
     clip: float = 1.0
     seed: int = 0
+    muon: bool = False
     save_every: int = 250
     log_every: int = 100
     watch_every: int = 1000
@@ -93,9 +94,46 @@ def my_part(batch: int, accelerator: Any = None) -> slice:
     if batch % n: raise ValueError(f"A batch of {batch} does not divide among {n} processes: choose a multiple of {n}.")
     return slice(i * batch // n, (i + 1) * batch // n)
 
+# %% ../nbs/10_training.ipynb #92d2f0c5
+def orthogonal(x: Tensor, steps: int = 5) -> Tensor:
+    """Matrices `(..., a, b)` with the same singular vectors, and singular values near 1.
+
+    Source: the Newton-Schulz iteration of Muon (Jordan et al. 2024), in the precision of `x`.
+    """
+    if x.shape[-2] > x.shape[-1]: return orthogonal(x.mT, steps).mT
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        square = x @ x.mT
+        x = 3.4445 * x + (2.0315 * square @ square - 4.775 * square) @ x
+    return x
+
+# %% ../nbs/10_training.ipynb #ec5c933c
+class Muon(torch.optim.Optimizer):
+    """Momentum whose steps are made `orthogonal`: for weights `(a, ...)` of two or more dimensions, as matrices of `a` rows.
+
+    Source: Jordan et al. 2024; for the size of a step Liu et al. 2025, arXiv 2502.16982.
+    """
+
+    def __init__(self, params: Any, lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            alike = defaultdict(list)                                  # matrices of one shape go through together
+            for p in group["params"]:
+                if p.grad is not None: alike[len(p), p[0].numel()].append(p)
+            for shape, weights in alike.items():
+                grads = [p.grad.flatten(1) for p in weights]
+                means = [self.state[p].setdefault("mean", torch.zeros_like(g)) for p, g in zip(weights, grads)]
+                torch._foreach_lerp_(means, grads, 1 - group["momentum"])
+                steps = orthogonal(torch.stack(torch._foreach_lerp(grads, means, group["momentum"])))
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_sub_(weights, [s.view_as(p) for s, p in zip(steps * (0.2 * group["lr"] * max(shape) ** 0.5), weights)])
+
 # %% ../nbs/10_training.ipynb #c38e5783
 class Run:
-    "The state of one training: weights, averaged weights, optimizer, step and log."
+    "The state of one training: weights, averaged weights, optimizers, step and log."
 
     def __init__(self, model: nn.Module, recipe: Recipe):
         self.recipe, self.step = recipe, 0
@@ -103,16 +141,20 @@ class Run:
         self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not self.trainable: raise ValueError("Nothing to train: every parameter of the model is frozen.")
         self.average = {n: p.detach().clone() for n, p in self.trainable.items()}
-        self.optimizer = torch.optim.AdamW(self.trainable.values(), lr=recipe.lr, betas=(0.9, 0.99), eps=1e-6, weight_decay=recipe.weight_decay)
+        matrices = {n: p for n, p in self.trainable.items() if recipe.muon and p.ndim > 1}
+        others = [p for n, p in self.trainable.items() if n not in matrices]
+        self.optimizers = (torch.optim.AdamW([{"params": others}], recipe.lr, betas=(0.9, 0.99), eps=1e-6, weight_decay=recipe.weight_decay),
+                           Muon([{"params": [*matrices.values()]}], recipe.lr, weight_decay=recipe.weight_decay))
 
     def state(self) -> dict[str, Any]:
-        return {"step": self.step, "history": self.history, "recipe": asdict(self.recipe), "optimizer": self.optimizer.state_dict(),
+        return {"step": self.step, "history": self.history, "recipe": asdict(self.recipe), "optimizers": [o.state_dict() for o in self.optimizers],
                 "model": {n: p.detach() for n, p in self.trainable.items()}, "average": self.average}
 
     def load(self, path: str | Path) -> None:
         state = load_checkpoint(path, self.trainable)
+        if state["recipe"].get("muon") != self.recipe.muon: raise ValueError(f"{path} was begun with another optimizer: use another folder, or delete it.")
         self.step, self.history = state["step"], state["history"]
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, kept in zip(self.optimizers, state["optimizers"]): optimizer.load_state_dict(kept)
         self.average = state["average"]
         self.put(state["model"])
 
@@ -129,11 +171,12 @@ class Run:
         finally: self.put(own)
 
     def update(self) -> None:
-        "One step of the optimizer with the gradients at hand, and one of the average."
-        for group in self.optimizer.param_groups: group["lr"] = learning_rate(self.step, self.recipe)
+        "One step of the optimizers with the gradients at hand, and one of the average."
         nn.utils.clip_grad_norm_(self.trainable.values(), self.recipe.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups: group["lr"] = learning_rate(self.step, self.recipe)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.trainable.values()], 1 - decay)
         self.step += 1
@@ -222,7 +265,7 @@ def draw_pairs(captions: Sequence[Sequence[str]], clips: Tensor, tokenizer: Any)
     return draw
 
 # %% ../nbs/10_training.ipynb #bb790835
-STILLS_BIAS = 1.6
+STILLS_BIAS, CLIPS_BIAS = 1.6, 0.7
 
 # %% ../nbs/10_training.ipynb #30614c18
 class LatentClips:
@@ -241,6 +284,8 @@ class LatentClips:
         return {"clean": clean, "noise": torch.randn(clean.shape, generator=g), "t": t, "text": self.embeddings[self.table[i, kind]]}
 
     def draw_stills(self, g: torch.Generator, batch: int) -> dict[str, Tensor]: return self.draw(g, batch, stills=True, bias=STILLS_BIAS)
+
+    def draw_clips(self, g: torch.Generator, batch: int) -> dict[str, Tensor]: return self.draw(g, batch, bias=CLIPS_BIAS)
 
 # %% ../nbs/10_training.ipynb #1d155ba8
 @torch.no_grad()
@@ -294,7 +339,7 @@ def train_images(unet: UNet3DConditionModel, data: LatentClips, recipe: Recipe, 
 def train_motion(unet: UNet3DConditionModel, data: LatentClips, recipe: Recipe, **options: Any) -> list[dict[str, float]]:
     "Stage 2: the motion modules learn from clips; everything else is frozen and does not change by a bit."
     unet.set_motion(True).set_frozen("spatial")
-    history = train_denoiser(unet, data.draw, recipe, label="stage 2: motion", **options)
+    history = train_denoiser(unet, data.draw_clips, recipe, label="stage 2: motion", **options)
     unet.set_frozen(None)
     return history
 
@@ -313,10 +358,10 @@ def reversal_probe(pipe: AnimationPipeline, scenes: Sequence[Scene], t: int, see
 
 # %% ../nbs/10_training.ipynb #bb18580b
 NANO_RECIPES = {
-    "autoencoder": Recipe(steps=2500, batch=32, lr=2e-3, ema=0.998, seed=1),
-    "text": Recipe(steps=2000, batch=128, lr=1e-3, ema=0.995, seed=2),
-    "images": Recipe(steps=9000, batch=32, seed=4),
-    "motion": Recipe(steps=4200, batch=8, lr=3e-3, seed=5)}
+    "autoencoder": Recipe(steps=1500, batch=32, lr=4e-3, ema=0.998, seed=1, muon=True),
+    "text": Recipe(steps=1500, batch=128, lr=3e-3, ema=0.995, seed=2, muon=True),
+    "images": Recipe(steps=6000, batch=32, lr=4e-3, seed=4, muon=True),
+    "motion": Recipe(steps=6200, batch=8, lr=8e-3, seed=5, muon=True)}
 
 # %% ../nbs/10_training.ipynb #d6aff008
 def tokenizer_for(captions: Sequence[Sequence[str]]) -> Any:

@@ -16,7 +16,7 @@ from animatediff_lit.training import LatentClips, Recipe, StyledUNet, add_delta,
 from animatediff_lit.unet import UNet3DConditionModel
 from animatediff_lit.video import Scene, Video
 
-TINY = {name: Recipe(steps=2, batch=4, warmup=1, watch_every=2) for name in ("autoencoder", "text", "images", "motion")}
+TINY = {name: Recipe(steps=2, batch=4, warmup=1, muon=True, watch_every=2) for name in ("autoencoder", "text", "images", "motion")}
 
 
 def data() -> LatentClips:
@@ -33,9 +33,9 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {n: t.detach().clone() for n, t in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("stage", [train_images, train_motion])
-def test_a_kill_changes_no_bit_and_watching_neither(stage, tmp_path):
-    recipe = Recipe(steps=6, batch=4, warmup=2, save_every=2, watch_every=2)
+@pytest.mark.parametrize("stage, muon", [(train_images, True), (train_motion, True), (train_motion, False)])
+def test_a_kill_changes_no_bit_and_watching_neither(stage, muon, tmp_path):
+    recipe = Recipe(steps=6, batch=4, warmup=2, muon=muon, save_every=2, watch_every=2)
     whole, killed, resumed = new_unet(), new_unet(), new_unet()
     log = stage(whole, data(), recipe)
     seen = []
@@ -68,7 +68,7 @@ def test_the_seconds_of_a_resumed_run_go_on(tmp_path):
     assert whole[:2] == first and first[1] < whole[2] < whole[3]
 
 
-FOUR = {name: Recipe(steps=4, batch=4, warmup=1, ema=0.5, watch_every=9) for name in TINY}
+FOUR = {name: Recipe(steps=4, batch=4, warmup=1, ema=0.5, muon=True, watch_every=9) for name in TINY}
 TWO = """
 import sys, torch
 from accelerate import Accelerator
