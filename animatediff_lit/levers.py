@@ -71,6 +71,7 @@ class Lever:
     context: bool = False
     rate: float = 1.0
     bias: float = 1.0
+    muon: bool = False
     longer: int = 1
 
 # %% ../nbs/10b_levers.ipynb #6cdd8353
@@ -126,7 +127,7 @@ def train_lever(lever: Lever, out: Path, seed: int = 0, clips: int = 1024, image
     data = encode_scenes(nano, moves(clips, 1, lever.cues, lever.travel), frames=8)
     pipe, start = base_for(lever, nano, data, out, images), time.process_time()
     schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
-    recipe = replace(motion, steps=lever.longer * motion.steps * motion.batch // lever.batch, batch=lever.batch, lr=lever.rate * motion.lr, seed=seed)
+    recipe = replace(motion, steps=lever.longer * motion.steps * motion.batch // lever.batch, batch=lever.batch, lr=lever.rate * motion.lr, muon=lever.muon, seed=seed)
     history = train_denoiser(pipe.unet, partial(data.draw, bias=lever.bias), recipe, schedule, weights_of(lever.weight, schedule), label="stage 2")
     pipe.unet.eval()
     return {"lever": asdict(lever), "seed": seed, "seconds": time.process_time() - start, "steps": recipe.steps, "history": history} | judged(pipe, lever, n)
@@ -141,7 +142,9 @@ LEVERS = {
     "batch of 16": Lever(batch=16), "batch of 4": Lever(batch=4),
     "half the rate": Lever(rate=0.5), "twice the rate": Lever(rate=2), "twice as long": Lever(longer=2),
     "more noise": Lever(bias=0.5), "more noise, twice the rate": Lever(bias=0.5, rate=2),
-    "still more noise, twice the rate": Lever(bias=0.35, rate=2), "more noise, four times the rate": Lever(bias=0.5, rate=4)}
+    "still more noise, twice the rate": Lever(bias=0.35, rate=2), "more noise, four times the rate": Lever(bias=0.5, rate=4),
+    **{f"Muon, {word} the rate": Lever(muon=True, rate=r) for word, r in (("twice", 2), ("four times", 4), ("eight times", 8))},
+    "Muon, more noise, four times the rate": Lever(muon=True, bias=0.5, rate=4)}
 
 # %% ../nbs/10b_levers.ipynb #b5009934
 def run_levers(out: str | Path, names: Sequence[str] = tuple(LEVERS), seeds: int = 1) -> dict[str, Any]:

@@ -82,6 +82,7 @@ def test_a_pace_is_a_share_of_the_plain_one():
 
 def test_the_record_holds_every_lever():
     record = json.loads(RECORD.read_text())
-    assert list(record["levers"] | record["timesteps"]) == list(LEVERS) and set(record["paces"]) == {"images", "motion"}
-    for name, runs in (*record["levers"].items(), *record["timesteps"].items()):
+    parts = [record[part] for part in ("levers", "timesteps", "muon")]
+    assert list(parts[0] | parts[1] | parts[2]) == list(LEVERS) and set(record["paces"]) == {"images", "motion"}
+    for name, runs in (item for part in parts for item in part.items()):
         for run in runs: assert Lever(**run["lever"]) == LEVERS[name] and len(run["gone"]) == len(run["motion"]) == len(record["levers"]["as nano"][0]["gone"])

@@ -12,7 +12,7 @@ import torch
 
 from animatediff_lit.pipeline import AnimationPipeline
 from animatediff_lit.speed import FastUNet
-from animatediff_lit.training import LatentClips, Recipe, StyledUNet, add_delta, main, save_delta, train_images, train_motion, train_nano, train_style
+from animatediff_lit.training import LatentClips, Muon, Recipe, StyledUNet, add_delta, main, orthogonal, save_delta, train_images, train_motion, train_nano, train_style
 from animatediff_lit.unet import UNet3DConditionModel
 from animatediff_lit.video import Scene, Video
 
@@ -44,6 +44,30 @@ def test_a_kill_changes_no_bit_and_watching_neither(stage, muon, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values()))
     assert [s for s, _ in seen] == [4, 6] and again[-1]["loss"] == pytest.approx(log[-1]["loss"], rel=0.5)
     assert all(torch.equal(seen[-1][1][n], w) for n, w in resumed.state_dict().items()), "the watcher sees the averaged weights"
+
+
+def test_muon_steps_as_pytorchs_does():
+    "Which rounds to bfloat16 on the way, and takes no convolutions: those are matrices with a row for each output here."
+    torch.manual_seed(0)
+    start = [torch.randn(shape) for shape in ((48, 96), (96, 48), (48, 96), (64, 64))]
+    ours, theirs = ([torch.nn.Parameter(w.clone()) for w in start] for _ in range(2))
+    conv = torch.nn.Parameter(start[0].view(48, 24, 2, 2).clone())
+    steps = Muon([*ours, conv], lr=1e-2, weight_decay=0.1), torch.optim.Muon(theirs, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(5):
+        for a, b in zip(ours, theirs): a.grad = b.grad = torch.randn(a.shape) * torch.logspace(-2, 0, a.shape[1])
+        conv.grad = ours[0].grad.view_as(conv)
+        for optimizer in steps: optimizer.step()
+    for a, b, w in zip(ours, theirs, start): assert (a - b).norm() < 0.02 * (b - w).norm()
+    assert torch.allclose(conv.view(48, 96), ours[0], atol=1e-6)
+
+
+def test_an_orthogonal_matrix_has_the_same_directions_and_even_strengths():
+    u, v = (torch.linalg.qr(torch.randn(3, 20, 20, generator=torch.Generator().manual_seed(i)))[0] for i in range(2))
+    even = orthogonal(u * torch.logspace(-1.5, 0, 20) @ v)
+    strengths = u.mT @ even @ v.mT                                                # diagonal, if the directions are the same
+    assert torch.allclose(strengths, torch.diag_embed(strengths.diagonal(dim1=1, dim2=2)), atol=1e-4)
+    assert strengths.diagonal(dim1=1, dim2=2).aminmax().min > 0.5 and strengths.amax() < 1.3
+    assert torch.equal(orthogonal(even[..., :7]), orthogonal(even[..., :7].mT).mT) and not orthogonal(torch.zeros(2, 3)).any()
 
 
 def test_stages_train_their_own_part_alone():
@@ -157,6 +181,7 @@ def test_another_recipe_does_not_go_into_a_finished_run(tmp_path):
     stage = dict(checkpoint=tmp_path / "x.ckpt")
     train_motion(new_unet(), data(), Recipe(steps=2, batch=2, warmup=1), **stage)
     with pytest.raises(ValueError, match="belongs to another model"): train_images(new_unet(), data(), Recipe(steps=2, batch=2, warmup=1), **stage)
+    with pytest.raises(ValueError, match="another optimizer: use another folder"): train_motion(new_unet(), data(), Recipe(steps=2, batch=2, warmup=1, muon=True), **stage)
 
 
 def test_a_style_rules_below_its_timestep_alone(tmp_path):
