@@ -1292,6 +1292,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'animatediff_lit/training.py'),
                                           'animatediff_lit.training.nano_scheduler': ( 'training.html#nano_scheduler',
                                                                                        'animatediff_lit/training.py'),
+                                          'animatediff_lit.training.optimizers': ( 'training.html#optimizers',
+                                                                                   'animatediff_lit/training.py'),
                                           'animatediff_lit.training.orthogonal': ( 'training.html#orthogonal',
                                                                                    'animatediff_lit/training.py'),
                                           'animatediff_lit.training.render_clips': ( 'training.html#render_clips',

@@ -302,7 +302,7 @@ def as_before(layer: nn.Linear | PixelLinear, args: tuple[Tensor, ...], out: Ten
     "Forward hook of a frozen linear layer: `out` with the bits that it had when the weight could learn."
     x = args[0]
     if x.ndim == 2 or x.is_contiguous(): return out
-    out = x.contiguous() @ layer.weight.flatten(1).T
+    out = (x.reshape(-1, x.shape[-1]) @ layer.weight.flatten(1).T).unflatten(0, x.shape[:-1])
     return out if layer.bias is None else out + layer.bias.to(out.dtype)
 
 # %% ../nbs/16_custom_motion.ipynb #737dfe86

@@ -32,8 +32,8 @@ from .video import Scene, VideoFolder, caption_variant, contact_sheet, draw_scen
 
 # %% auto #0
 __all__ = ['CAPTION_MIX', 'STILLS_BIAS', 'CLIPS_BIAS', 'NANO_RECIPES', 'STYLES_FOLDER', 'step_generator', 'Recipe',
-           'learning_rate', 'save_checkpoint', 'load_checkpoint', 'my_part', 'orthogonal', 'Muon', 'Run', 'fit',
-           'autoencoder_loss', 'render_clips', 'draw_frames', 'contrastive_loss', 'captions_of', 'draw_pairs',
+           'learning_rate', 'save_checkpoint', 'load_checkpoint', 'my_part', 'orthogonal', 'Muon', 'optimizers', 'Run',
+           'fit', 'autoencoder_loss', 'render_clips', 'draw_frames', 'contrastive_loss', 'captions_of', 'draw_pairs',
            'LatentClips', 'embed_captions', 'encode_clips', 'nano_scheduler', 'nano_schedule', 'denoising_loss',
            'train_denoiser', 'train_images', 'train_motion', 'reversal_probe', 'tokenizer_for', 'train_encoders',
            'loss_figure', 'watcher', 'film_clips', 'save_nano', 'training_scenes', 'train_nano', 'main',
@@ -131,6 +131,14 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_sub_(weights, [s.view_as(p) for s, p in zip(steps * (0.2 * group["lr"] * max(shape) ** 0.5), weights)])
 
+# %% ../nbs/10_training.ipynb #fcec5c19
+def optimizers(weights: Sequence[Tensor], recipe: Recipe) -> tuple[torch.optim.Optimizer, ...]:
+    "AdamW, and with `recipe.muon` a `Muon` for all weights that are matrices."
+    matrices = [p for p in weights if recipe.muon and p.ndim > 1]
+    others = [p for p in weights if not recipe.muon or p.ndim <= 1]
+    return (torch.optim.AdamW([{"params": others}], recipe.lr, betas=(0.9, 0.99), eps=1e-6, weight_decay=recipe.weight_decay),
+            Muon([{"params": matrices}], recipe.lr, weight_decay=recipe.weight_decay))
+
 # %% ../nbs/10_training.ipynb #c38e5783
 class Run:
     "The state of one training: weights, averaged weights, optimizers, step and log."
@@ -141,10 +149,7 @@ class Run:
         self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not self.trainable: raise ValueError("Nothing to train: every parameter of the model is frozen.")
         self.average = {n: p.detach().clone() for n, p in self.trainable.items()}
-        matrices = {n: p for n, p in self.trainable.items() if recipe.muon and p.ndim > 1}
-        others = [p for n, p in self.trainable.items() if n not in matrices]
-        self.optimizers = (torch.optim.AdamW([{"params": others}], recipe.lr, betas=(0.9, 0.99), eps=1e-6, weight_decay=recipe.weight_decay),
-                           Muon([{"params": [*matrices.values()]}], recipe.lr, weight_decay=recipe.weight_decay))
+        self.optimizers = optimizers([*self.trainable.values()], recipe)
 
     def state(self) -> dict[str, Any]:
         return {"step": self.step, "history": self.history, "recipe": asdict(self.recipe), "optimizers": [o.state_dict() for o in self.optimizers],
@@ -265,7 +270,7 @@ def draw_pairs(captions: Sequence[Sequence[str]], clips: Tensor, tokenizer: Any)
     return draw
 
 # %% ../nbs/10_training.ipynb #bb790835
-STILLS_BIAS, CLIPS_BIAS = 1.6, 0.7
+STILLS_BIAS, CLIPS_BIAS = 1.6, 0.85
 
 # %% ../nbs/10_training.ipynb #30614c18
 class LatentClips:
@@ -358,10 +363,10 @@ def reversal_probe(pipe: AnimationPipeline, scenes: Sequence[Scene], t: int, see
 
 # %% ../nbs/10_training.ipynb #bb18580b
 NANO_RECIPES = {
-    "autoencoder": Recipe(steps=1500, batch=32, lr=4e-3, ema=0.998, seed=1, muon=True),
-    "text": Recipe(steps=1500, batch=128, lr=3e-3, ema=0.995, seed=2, muon=True),
-    "images": Recipe(steps=6000, batch=32, lr=4e-3, seed=4, muon=True),
-    "motion": Recipe(steps=6200, batch=8, lr=8e-3, seed=5, muon=True)}
+    "autoencoder": Recipe(steps=600, batch=32, lr=4e-3, ema=0.998, seed=1, muon=True),
+    "text": Recipe(steps=1100, batch=128, lr=3e-3, ema=0.995, seed=2, muon=True),
+    "images": Recipe(steps=9000, batch=32, lr=4e-3, seed=4, muon=True),
+    "motion": Recipe(steps=5000, batch=8, lr=8e-3, seed=5, muon=True)}
 
 # %% ../nbs/10_training.ipynb #d6aff008
 def tokenizer_for(captions: Sequence[Sequence[str]]) -> Any:
