@@ -270,7 +270,7 @@ def draw_pairs(captions: Sequence[Sequence[str]], clips: Tensor, tokenizer: Any)
     return draw
 
 # %% ../nbs/10_training.ipynb #bb790835
-STILLS_BIAS, CLIPS_BIAS = 1.6, 0.85
+STILLS_BIAS, CLIPS_BIAS = 1.6, 0.7
 
 # %% ../nbs/10_training.ipynb #30614c18
 class LatentClips:
@@ -363,10 +363,10 @@ def reversal_probe(pipe: AnimationPipeline, scenes: Sequence[Scene], t: int, see
 
 # %% ../nbs/10_training.ipynb #bb18580b
 NANO_RECIPES = {
-    "autoencoder": Recipe(steps=600, batch=32, lr=4e-3, ema=0.998, seed=1, muon=True),
-    "text": Recipe(steps=1100, batch=128, lr=3e-3, ema=0.995, seed=2, muon=True),
-    "images": Recipe(steps=9000, batch=32, lr=4e-3, seed=4, muon=True),
-    "motion": Recipe(steps=5000, batch=8, lr=8e-3, seed=5, muon=True)}
+    "autoencoder": Recipe(steps=1500, batch=32, lr=4e-3, ema=0.998, seed=1, muon=True),
+    "text": Recipe(steps=1500, batch=128, lr=3e-3, ema=0.995, seed=2, muon=True),
+    "images": Recipe(steps=6000, batch=32, lr=4e-3, seed=4, muon=True),
+    "motion": Recipe(steps=6200, batch=8, lr=8e-3, seed=5, muon=True)}
 
 # %% ../nbs/10_training.ipynb #d6aff008
 def tokenizer_for(captions: Sequence[Sequence[str]]) -> Any:
