@@ -17,16 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor
 from .diffusion import NoiseSchedule
-from .evaluation import STRAIGHT, generate, interval, judge, wilson
+from .evaluation import STRAIGHT, generate, grid, interval, judge, to_model, wilson
+from .latents import decode_video, encode_video
 from .pipeline import NANO, AnimationPipeline
-from .training import LatentClips, Recipe, denoising_loss, encode_scenes, nano_schedule, nano_scheduler, reversal_probe, train_denoiser, train_images
+from .training import (LatentClips, Recipe, denoising_loss, encode_scenes, nano_schedule, nano_scheduler, render_clips, reversal_probe,
+                                      train_denoiser, train_images, training_scenes)
 from .unet import UNet3DConditionModel
 from .video import Scene, pixels_of, separate, solid, track, write_whole
 
 # %% auto #0
-__all__ = ['WEIGHTS', 'IMAGES', 'MOTION', 'LEVERS', 'RECORD', 'Move', 'moves', 'way_gone', 'Lever', 'weights_of', 'give_context',
-           'schedule_for', 'base_for', 'judged', 'train_lever', 'run_levers', 'lever_table', 'training_pass', 'paces',
-           'main']
+__all__ = ['WEIGHTS', 'IMAGES', 'MOTION', 'LEVERS', 'RECORD', 'STILLS', 'Move', 'moves', 'way_gone', 'Lever', 'weights_of',
+           'give_context', 'schedule_for', 'base_for', 'judged', 'train_lever', 'run_levers', 'lever_table',
+           'latents_of', 'train_stills', 'training_pass', 'paces', 'main']
 
 # %% ../nbs/10b_levers.ipynb #ad9c4023
 @dataclass(frozen=True)
@@ -171,6 +173,29 @@ def lever_table(record: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 # %% ../nbs/10b_levers.ipynb #873d8e1e
 RECORD = NANO.parent / "levers.json"
+
+# %% ../nbs/10b_levers.ipynb #c8402e91
+@torch.no_grad()
+def latents_of(pipe: AnimationPipeline, n: int = 66) -> dict[str, float]:
+    "Of a pipeline's autoencoder and `n` clips: its PSNR in dB, and the change of the latents from frame to frame, as a share of their variance."
+    clips = render_clips(grid(n))
+    latents = encode_video(pipe.vae, to_model(clips).transpose(1, 2))
+    error = np.square(decode_video(pipe.vae, latents) - clips.numpy().astype(float)).mean()
+    return {"psnr": 10 * float(np.log10(255 ** 2 / error)), "change": (latents.diff(dim=2).square().mean() / latents.var()).item()}
+
+# %% ../nbs/10b_levers.ipynb #de8443b5
+STILLS = Recipe(steps=2000, batch=32, lr=4e-3, seed=4, muon=True)
+
+def train_stills(encoders: str | Path, images: Recipe = STILLS, clips: int = 4096, n: int = 330) -> dict[str, Any]:
+    "A short stage 1 from nothing, on both encoders of a pipeline's folder; `right` of `n` stills show the shape that was asked for."
+    old = AnimationPipeline.from_pretrained(encoders)
+    torch.manual_seed(3)
+    pipe = AnimationPipeline(UNet3DConditionModel.from_preset("nano"), old.vae, old.text_encoder, old.tokenizer, nano_scheduler())
+    history = train_images(pipe.unet, encode_scenes(pipe, training_scenes(clips)), images)
+    pipe.unet.set_motion(False)
+    stills = generate(pipe, grid(n), batch=66, video_length=1, guidance_scale=2)
+    right = sum(bool(judge(s, np.repeat(v.frames, 16, 0))["shape"]) for s, v in zip(grid(n), stills))          # the reader reads clips
+    return {"recipe": asdict(images), "history": history, "right": right, "n": n} | latents_of(old)
 
 # %% ../nbs/10b_levers.ipynb #94364441
 def training_pass(stage: str, way: str = "plain") -> Callable[[], None]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import subprocess
 import sys
@@ -16,14 +15,8 @@ from pathlib import Path
 from measure import ROOT
 
 sys.path.insert(0, str(ROOT))
-import torch
-import torch.nn.functional as F
-
 from animatediff_lit.benchmark import machine
-from animatediff_lit.evaluation import grid, to_model
-from animatediff_lit.latents import decode_video, encode_video
-from animatediff_lit.pipeline import NANO, AnimationPipeline
-from animatediff_lit.training import render_clips
+from animatediff_lit.pipeline import NANO
 from animatediff_lit.video import write_whole
 
 COMMAND = "-m torch.distributed.run --standalone --nproc-per-node 2 -m animatediff_lit.training --out"
@@ -47,21 +40,10 @@ def record(out: Path) -> dict:
             "options": judged["options"], "summary": judged["summary"]["model"]}
 
 
-@torch.no_grad()
-def autoencoder(folder: Path) -> dict[str, float]:
-    "Of the autoencoder in `folder` and 66 clips: its PSNR in dB, and the change of the latents from frame to frame, as a share of their variance."
-    vae = AnimationPipeline.from_pretrained(folder).vae
-    clips = render_clips(grid(66))
-    latents = encode_video(vae, to_model(clips).transpose(1, 2))
-    error = F.mse_loss(torch.from_numpy(decode_video(vae, latents)).float(), clips.float()).item()
-    return {"psnr": 10 * math.log10(255 ** 2 / error), "change": (latents.diff(dim=2).square().mean() / latents.var()).item()}
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=lambda name: Path(name).absolute(), help="a new folder for the run")
     out = parser.parse_args().out
     if out.exists(): parser.error(f"{out} is there already, and its time would not count: give a new folder.")
     file = NANO.parent / "hour.json"
-    found = {"whole": record(out), "autoencoders": {name: autoencoder(folder) for name, folder in (("the hour", out / "nano"), ("nano as shipped", NANO))}}
-    write_whole(file, (json.dumps(json.loads(file.read_text()) | found, indent=1) + "\n").encode())
+    write_whole(file, (json.dumps(json.loads(file.read_text()) | {"whole": record(out)}, indent=1) + "\n").encode())
