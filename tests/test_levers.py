@@ -84,5 +84,6 @@ def test_the_record_holds_every_lever():
     record = json.loads(RECORD.read_text())
     parts = [record[part] for part in ("levers", "timesteps", "muon")]
     assert list(parts[0] | parts[1] | parts[2]) == list(LEVERS) and set(record["paces"]) == {"images", "motion"}
+    assert all(run["n"] == 330 and run["history"][-1]["step"] == run["recipe"]["steps"] == 2000 for run in record["stills"])
     for name, runs in (item for part in parts for item in part.items()):
         for run in runs: assert Lever(**run["lever"]) == LEVERS[name] and len(run["gone"]) == len(run["motion"]) == len(record["levers"]["as nano"][0]["gone"])
