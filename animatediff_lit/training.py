@@ -363,10 +363,10 @@ def reversal_probe(pipe: AnimationPipeline, scenes: Sequence[Scene], t: int, see
 
 # %% ../nbs/10_training.ipynb #bb18580b
 NANO_RECIPES = {
-    "autoencoder": Recipe(steps=1500, batch=32, lr=4e-3, ema=0.998, seed=1, muon=True),
-    "text": Recipe(steps=1500, batch=128, lr=3e-3, ema=0.995, seed=2, muon=True),
-    "images": Recipe(steps=6000, batch=32, lr=4e-3, seed=4, muon=True),
-    "motion": Recipe(steps=6200, batch=8, lr=8e-3, seed=5, muon=True)}
+    "autoencoder": Recipe(steps=2500, batch=32, lr=2e-3, ema=0.998, seed=1),
+    "text": Recipe(steps=2000, batch=128, lr=3e-3, ema=0.995, seed=2, muon=True),
+    "images": Recipe(steps=4500, batch=64, lr=4e-3, seed=4, muon=True),
+    "motion": Recipe(steps=5700, batch=8, lr=8e-3, seed=5, muon=True)}
 
 # %% ../nbs/10_training.ipynb #d6aff008
 def tokenizer_for(captions: Sequence[Sequence[str]]) -> Any:
