@@ -17,18 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor
 from .diffusion import NoiseSchedule
-from .evaluation import STRAIGHT, generate, grid, interval, judge, to_model, wilson
+from .evaluation import STRAIGHT, generate, grid, interval, judge, judge_all, summary, to_model, wilson
 from .latents import decode_video, encode_video
 from .pipeline import NANO, AnimationPipeline
-from .training import (LatentClips, Recipe, denoising_loss, encode_scenes, nano_schedule, nano_scheduler, render_clips, reversal_probe,
-                                      train_denoiser, train_images, training_scenes)
+from .training import (NANO_RECIPES, LatentClips, Recipe, denoising_loss, encode_scenes, nano_schedule, nano_scheduler, render_clips, reversal_probe,
+                                      train_decoder, train_denoiser, train_images, training_scenes)
 from .unet import UNet3DConditionModel
-from .video import Scene, pixels_of, separate, solid, track, write_whole
+from .video import Scene, draw_scenes, pixels_of, separate, solid, track, write_whole
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'IMAGES', 'MOTION', 'LEVERS', 'RECORD', 'STILLS', 'Move', 'moves', 'way_gone', 'Lever', 'weights_of',
            'give_context', 'schedule_for', 'base_for', 'judged', 'train_lever', 'run_levers', 'lever_table',
-           'latents_of', 'train_stills', 'training_pass', 'paces', 'main']
+           'latents_of', 'train_stills', 'noisy_decoder', 'training_pass', 'paces', 'main']
 
 # %% ../nbs/10b_levers.ipynb #ad9c4023
 @dataclass(frozen=True)
@@ -196,6 +196,16 @@ def train_stills(encoders: str | Path, images: Recipe = STILLS, clips: int = 409
     stills = generate(pipe, grid(n), batch=66, video_length=1, guidance_scale=2)
     right = sum(bool(judge(s, np.repeat(v.frames, 16, 0))["shape"]) for s, v in zip(grid(n), stills))          # the reader reads clips
     return {"recipe": asdict(images), "history": history, "right": right, "n": n} | latents_of(old)
+
+# %% ../nbs/10b_levers.ipynb #28ec6d78
+def noisy_decoder(noise: float, latents: Tensor, recipe: Recipe = NANO_RECIPES["decoder"], clips: int = 4096) -> dict[str, Any]:
+    "Nano's decoder, trained on with `noise`; the evaluation of what it makes of `latents (n, c, f, h, w)`, sampled for `grid(n)`, and of those of real clips."
+    pipe, scenes = AnimationPipeline.from_pretrained("nano"), grid(len(latents))
+    history = train_decoder(pipe.vae, torch.cat([render_clips(training_scenes(clips)), render_clips(draw_scenes(clips // 2, seed=6), style="neon")]), recipe, noise)
+    pipe.vae.eval()
+    given = {"model": latents, "through the autoencoder": encode_video(pipe.vae, to_model(render_clips(scenes)).transpose(1, 2))}
+    made = {name: summary(judge_all(scenes, pipe.decode(z, [s.caption for s in scenes]))) for name, z in given.items()}
+    return {"noise": noise, "recipe": asdict(recipe), "history": history, "summary": made} | latents_of(pipe)
 
 # %% ../nbs/10b_levers.ipynb #94364441
 def training_pass(stage: str, way: str = "plain") -> Callable[[], None]:

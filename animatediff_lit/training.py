@@ -13,6 +13,7 @@ import time
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping, Sequence
 import numpy as np
@@ -31,9 +32,10 @@ from .unet import UNet3DConditionModel
 from .video import Scene, VideoFolder, caption_variant, contact_sheet, draw_scenes, png, reverse_motion, write_whole
 
 # %% auto #0
-__all__ = ['CAPTION_MIX', 'STILLS_BIAS', 'CLIPS_BIAS', 'NANO_RECIPES', 'STYLES_FOLDER', 'step_generator', 'Recipe',
-           'learning_rate', 'save_checkpoint', 'load_checkpoint', 'my_part', 'orthogonal', 'Muon', 'optimizers', 'Run',
-           'fit', 'autoencoder_loss', 'render_clips', 'draw_frames', 'contrastive_loss', 'captions_of', 'draw_pairs',
+__all__ = ['DECODER_NOISE', 'CAPTION_MIX', 'STILLS_BIAS', 'CLIPS_BIAS', 'NANO_RECIPES', 'STYLES_FOLDER', 'step_generator',
+           'Recipe', 'learning_rate', 'save_checkpoint', 'load_checkpoint', 'my_part', 'orthogonal', 'Muon',
+           'optimizers', 'Run', 'fit', 'reconstruction_loss', 'autoencoder_loss', 'render_clips', 'draw_frames',
+           'draw_noisy', 'decoder_loss', 'train_decoder', 'contrastive_loss', 'captions_of', 'draw_pairs',
            'LatentClips', 'embed_captions', 'encode_clips', 'nano_scheduler', 'nano_schedule', 'denoising_loss',
            'train_denoiser', 'train_images', 'train_motion', 'reversal_probe', 'tokenizer_for', 'train_encoders',
            'loss_figure', 'watcher', 'film_clips', 'save_nano', 'training_scenes', 'train_nano', 'main',
@@ -220,14 +222,17 @@ def fit(model: nn.Module, draw: Callable, loss_fn: Callable, recipe: Recipe, che
     return run.history
 
 # %% ../nbs/10_training.ipynb #8a2677cd
+def reconstruction_loss(decoded: Tensor, clean: Tensor) -> tuple[Tensor, dict[str, float]]:
+    "Squared error, a little absolute error, and the PSNR in dB, of pictures from -1 to 1."
+    squared = F.mse_loss(decoded, clean)
+    return squared + 0.1 * F.l1_loss(decoded, clean), {"psnr": 10 * math.log10(4 / squared.item())}
+
 def autoencoder_loss(vae: Any, frames: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, float]]:
     "Reconstruction of uint8 `frames (b, h, w, 3)`; `noise` is that of the latents."
     clean = to_model(frames)
     latents = vae.encode(clean).latent_dist
-    decoded = vae.decode(latents.mean + latents.std * noise).sample
-    squared = F.mse_loss(decoded, clean)
-    loss = squared + 0.1 * F.l1_loss(decoded, clean) + 3e-5 * latents.kl().mean() / (clean.shape[-1] // 4) ** 2
-    return loss, {"psnr": 10 * math.log10(4 / squared.item())}
+    loss, numbers = reconstruction_loss(vae.decode(latents.mean + latents.std * noise).sample, clean)
+    return loss + 3e-5 * latents.kl().mean() / (clean.shape[-1] // 4) ** 2, numbers
 
 # %% ../nbs/10_training.ipynb #3973a83f
 def render_clips(scenes: Sequence[Scene], frames: int = 16, size: int = 32, style: str = "plain") -> Tensor:
@@ -238,6 +243,30 @@ def draw_frames(clips: Tensor) -> Callable[[torch.Generator, int], dict[str, Ten
     "Single frames out of `clips`, and the noise for their latents."
     pool, side = clips.flatten(0, 1), clips.shape[-2] // 4
     return lambda g, batch: {"frames": pool[torch.randint(len(pool), (batch,), generator=g)], "noise": torch.randn(batch, 4, side, side, generator=g)}
+
+# %% ../nbs/10_training.ipynb #31030f9f
+DECODER_NOISE = 0.6
+
+def draw_noisy(clips: Tensor, noise: float = DECODER_NOISE) -> Callable[[torch.Generator, int], dict[str, Tensor]]:
+    "`draw_frames`, with normal noise that is between 0 and `noise` times as large, for each frame another time."
+    draw = draw_frames(clips)
+    def noisy(g: torch.Generator, batch: int) -> dict[str, Tensor]:
+        drawn = draw(g, batch)
+        return drawn | {"noise": noise * torch.rand(batch, 1, 1, 1, generator=g) * drawn["noise"]}
+    return noisy
+
+# %% ../nbs/10_training.ipynb #3790a038
+def decoder_loss(vae: Any, decoder: nn.Module, frames: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, float]]:
+    "What `decoder`, that of `vae`, makes of the latents of uint8 `frames (b, h, w, 3)` and `noise` in units of their spread."
+    clean = to_model(frames)
+    with torch.no_grad():
+        latents = vae.encode(clean).latent_dist.mean
+        latents = vae.post_quant_conv(latents + latents.std() * noise)
+    return reconstruction_loss(decoder(latents), clean)
+
+def train_decoder(vae: Any, clips: Tensor, recipe: Recipe, noise: float = DECODER_NOISE, **options: Any) -> list[dict[str, float]]:
+    "The decoder of `vae` alone, with noise on the latents; the encoder, and with it the latents, stay as they are."
+    return fit(vae.decoder, draw_noisy(clips, noise), partial(decoder_loss, vae), recipe, **options)
 
 # %% ../nbs/10_training.ipynb #dc3b0886
 def contrastive_loss(model: NanoCLIP, ids: Tensor, opposite: Tensor, clips: Tensor) -> tuple[Tensor, dict[str, float]]:
@@ -365,6 +394,7 @@ def reversal_probe(pipe: AnimationPipeline, scenes: Sequence[Scene], t: int, see
 NANO_RECIPES = {
     "autoencoder": Recipe(steps=2500, batch=32, lr=2e-3, ema=0.998, seed=1),
     "text": Recipe(steps=2000, batch=128, lr=3e-3, ema=0.995, seed=2, muon=True),
+    "decoder": Recipe(steps=600, batch=32, lr=1e-3, warmup=50, ema=0.995, seed=8),
     "images": Recipe(steps=4500, batch=64, lr=4e-3, seed=4, muon=True),
     "motion": Recipe(steps=5700, batch=8, lr=8e-3, seed=5, muon=True)}
 
@@ -383,11 +413,15 @@ def train_encoders(runs: Path, captions: Sequence[Sequence[str]], clips: Tensor,
     torch.manual_seed(0)
     processes, me = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
     vae, clip = nano_autoencoder().to(device), NanoCLIP(nano_text_encoder(tokenizer), VideoEncoder()).to(device)
-    jobs: dict[str, tuple[nn.Module, Callable, Callable]] = {"autoencoder": (vae, draw_frames(clips), autoencoder_loss), "text": (clip, draw_pairs(captions, clips, tokenizer), contrastive_loss)}
-    for mine in (True, False):                                         # each process its own, and then those that others wrote
-        for i, (name, (model, draw, loss)) in enumerate(jobs.items()):
-            if (i % processes == me) == mine: fit(model, draw, loss, recipes[name], checkpoint=runs / f"{name}.ckpt", label=name)
-        if mine and accelerator: accelerator.wait_for_everyone()
+    options: dict[str, Any] = {n: dict(recipe=r, checkpoint=runs / f"{n}.ckpt", label=n) for n, r in recipes.items()}
+    def share(*jobs: Callable[[], Any]) -> None:
+        for mine in (True, False):                                     # each process its own, and then those that others wrote
+            for i, job in enumerate(jobs):
+                if (i % processes == me) == mine: job()
+            if mine and accelerator: accelerator.wait_for_everyone()
+    share(lambda: fit(vae, draw_frames(clips), autoencoder_loss, **options["autoencoder"]),
+          lambda: fit(clip, draw_pairs(captions, clips, tokenizer), contrastive_loss, **options["text"]))
+    share(lambda: train_decoder(vae, clips, **options["decoder"]))
     for model in (vae, clip): model.eval().requires_grad_(False)
     spread = encode_video(vae, to_model(clips[:256]).transpose(1, 2)).std().item()
     vae.register_to_config(scaling_factor=vae.config.scaling_factor / spread)

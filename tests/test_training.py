@@ -12,11 +12,11 @@ import torch
 
 from animatediff_lit.pipeline import AnimationPipeline
 from animatediff_lit.speed import FastUNet
-from animatediff_lit.training import LatentClips, Muon, Recipe, StyledUNet, add_delta, main, orthogonal, save_delta, train_images, train_motion, train_nano, train_style
+from animatediff_lit.training import NANO_RECIPES, LatentClips, Muon, Recipe, StyledUNet, add_delta, main, orthogonal, save_delta, train_images, train_motion, train_nano, train_style
 from animatediff_lit.unet import UNet3DConditionModel
 from animatediff_lit.video import Scene, Video
 
-TINY = {name: Recipe(steps=2, batch=4, warmup=1, muon=True, watch_every=2) for name in ("autoencoder", "text", "images", "motion")}
+TINY = {name: Recipe(steps=2, batch=4, warmup=1, muon=True, watch_every=2) for name in NANO_RECIPES}
 
 
 def data() -> LatentClips:
