@@ -215,10 +215,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--clips", type=int, default=330, help="clips to make, in the order of the grid")
     parser.add_argument("--steps", type=int, default=25, help="steps of sampling")
     parser.add_argument("--guidance", type=float, default=2.0, help="guidance scale")
+    parser.add_argument("--eta", type=float, default=1.0, help="noise on the way, from 0 to 1")
     args = parser.parse_args(argv)
     pipe, folder = AnimationPipeline.from_pretrained(args.model), NANO if args.model == "nano" else Path(args.model)
     clip = load_clip(pipe, folder) if (folder / VIDEO_ENCODER).exists() else None
-    columns = evaluate(pipe, args.out, args.clips, clip, num_inference_steps=args.steps, guidance_scale=args.guidance)
+    columns = evaluate(pipe, args.out, args.clips, clip, num_inference_steps=args.steps, guidance_scale=args.guidance, eta=args.eta)
     print(table(columns) + f"\nWritten: {args.out}. Look at moving.apng in a browser.")
 
 # %% ../nbs/09b_evaluation.ipynb #30cd714c

@@ -172,7 +172,7 @@ def test_files_are_written_after_every_row(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("options, says", [
     (["--subjects", "giant"], "subject is 'giant': give nano, middle, sd15 or tiny."),
-    (["--modes", "fast"], "mode is 'fast': give eager, optimised or compiled."),
+    (["--modes", "fast"], "mode is 'fast': give eager, optimised, compiled or ours compiled."),
     (["--frames", "33"], "frames is 33: give a whole number from 1 to 32."),
     (["--rounds", "0"], "rounds is 0: give a whole number, at least 1."),
     (["--steps", "0"], "steps is 0: give a whole number from 1 to 1000."),
