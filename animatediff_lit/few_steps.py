@@ -168,7 +168,7 @@ def judge_nano(folder: str | Path, clips: int = 330) -> dict[str, Any]:
     few: dict[str, Any] = dict(timesteps=nano_path().stops, guidance_scale=2.0)
     runs = {"25 steps": (pipe, many), "4 steps, student": (four_step_pipeline(folder), few | {"guidance_scale": 1.0}),
             "4 steps, nano": (four_step_pipeline(None), few), "4 even steps, nano": (pipe, many | {"num_inference_steps": 4})}
-    rows = {"25 steps": json.loads((NANO / "evaluation.json").read_text(encoding="utf-8"))["rows"][:clips]}
+    rows = {"25 steps": json.loads((NANO / "evaluation_eta_0.json").read_text(encoding="utf-8"))["rows"][:clips]}
     rows |= {name: clip_rows(*run, clips) for name, run in runs.items() if name not in rows}
     seconds = alternate({name: partial(p, rows["25 steps"][0]["asked"], progress=False, **options) for name, (p, options) in runs.items()}, clock=time.process_time)
     found = dict(judged=clips, summary={name: summary(r) for name, r in rows.items()}, time={name: ratio(seconds, name, to="25 steps") for name in runs if name != "25 steps"},

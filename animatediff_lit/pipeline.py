@@ -524,7 +524,7 @@ def write_demo(videos: Sequence[Video], names: Sequence[str], folder: Path) -> P
     return folder / "contact_sheet.png"
 
 # %% ../nbs/09_sampling.ipynb #dfe12b0a
-def run_demo(prompt: str | None, out: str | Path, steps: int = 25, seed: int = 0, guidance: float = 2.0, model: str = "nano") -> Path:
+def run_demo(prompt: str | None, out: str | Path, steps: int = 25, seed: int = 0, guidance: float = 2.0, eta: float = 1.0, model: str = "nano") -> Path:
     "Animate `prompt` with four seeds, or `demo_prompts` with one, into the folder `out`; the path of the contact sheet."
     if Path(out).exists() and not Path(out).is_dir(): raise NotADirectoryError(f"{out} is a file: give a folder for the animations.")
     print(f"Loading {model} ...", flush=True)
@@ -532,12 +532,12 @@ def run_demo(prompt: str | None, out: str | Path, steps: int = 25, seed: int = 0
     prompts = as_prompts([prompt] * 4 if prompt is not None else demo_prompts())
     seeds = seeds_for(seed, 4) if prompt is not None else [seed] * len(prompts)
     pipe.encode_prompt(prompts)
-    check_settings(pipe.scheduler, steps, guidance, 0, 8, None)
+    check_settings(pipe.scheduler, steps, guidance, eta, 8, None)
     what = f"of {prompt!r}, seeds {seeds[0]} to {seeds[-1]}" if prompt is not None else "one for each motion of the world"
     print(f"Making {len(prompts)} animations, {what}, {steps} steps each:", flush=True)
     with tqdm(total=len(prompts) * steps, unit="step", ncols=80) as bar:
         def tick(step: int, t: float, latents: Tensor) -> None: bar.update()
-        options: dict[str, Any] = dict(num_inference_steps=steps, guidance_scale=guidance, progress=False, callback=tick)
+        options: dict[str, Any] = dict(num_inference_steps=steps, guidance_scale=guidance, eta=eta, progress=False, callback=tick)
         videos = [pipe(text, seed=s, **options) for text, s in zip(prompts, seeds)]
     for video, s in zip(videos, seeds): video.caption += f" (seed {s})"
     names = [f"{slug(text)}-seed-{s}" if prompt is not None else f"{i:02}-{slug(text)}" for i, (text, s) in enumerate(zip(prompts, seeds), 1)]
@@ -553,6 +553,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=25, help="denoising steps")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first animation")
     parser.add_argument("--guidance", type=float, default=2.0, help="how much to insist on the text; 1 or less: no guidance")
+    parser.add_argument("--eta", type=float, default=1.0, help="noise on the way, from 0 to 1; for schedulers without it, such as Euler's, give 0")
     parser.add_argument("--model", default="nano", help="'nano', a folder, or a Hugging Face Hub id")
     return parser.parse_args(argv)
 
