@@ -194,6 +194,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     accelerator = Accelerator(cpu=not torch.cuda.is_available()) if "WORLD_SIZE" in os.environ else None
     recipe = Recipe(**asdict(RECIPE) | {"steps": args.steps, "batch": args.batch, "warmup": min(RECIPE.warmup, max(1, args.steps // 10))})
     distil_nano(args.out, recipe, args.clips or 2048, accelerator)
+    if accelerator:                                                    # all end together, or the first to leave takes the others with it
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
     print(f"Written: {args.out}. Judge it: python -m animatediff_lit.few_steps --out {args.out} --judge")
 
 # %% ../nbs/17c_few_steps.ipynb #30cd714c

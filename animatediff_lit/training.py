@@ -510,6 +510,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     recipes = {name: replace(r, steps=max(1, round(r.steps * args.scale)), warmup=min(r.warmup, max(1, round(r.steps * args.scale / 10)))) for name, r in NANO_RECIPES.items()}
     accelerator = Accelerator(cpu=not torch.cuda.is_available()) if "WORLD_SIZE" in os.environ else None
     train_nano(args.out, recipes, args.clips, accelerator, args.films)
+    if accelerator:                                                    # all end together, or the first to leave takes the others with it
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
     print(f"Written: {args.out}. Try it: python -m animatediff_lit.pipeline --model {args.out}")
 
 # %% ../nbs/10_training.ipynb #9ef4a4ba
