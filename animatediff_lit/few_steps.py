@@ -7,7 +7,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -16,14 +15,13 @@ from pathlib import Path
 from typing import Any
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from .debugging import fingerprint
 from .diffusion import NoiseSchedule
 from .evaluation import MEASURES, generate, grid, interval, judge_all, lines, load_clip, summary, table
 from .pipeline import NANO, AnimationPipeline, denoise, draw_noise, guide
 from .speed import FastUNet, alternate, ratio
-from .training import LatentClips, Recipe, add_delta, encode_scenes, fit, nano_schedule, nano_scheduler, save_delta
+from .training import LatentClips, Recipe, add_delta, encode_scenes, fit, nano_schedule, nano_scheduler, processes, save_delta
 from .video import draw_scenes, write_whole
 
 # %% auto #0
@@ -164,11 +162,12 @@ def clip_rows(pipe: AnimationPipeline, options: Mapping[str, Any], n: int) -> li
 # %% ../nbs/17c_few_steps.ipynb #0f984c32
 def judge_nano(folder: str | Path, clips: int = 330) -> dict[str, Any]:
     "Judge the student in `folder` with 4 steps, and nano with 4 such and with 4 even ones, against nano with 25, on `clips` clips, and put it into the record."
-    folder, pipe, many = Path(folder), AnimationPipeline.from_pretrained("nano"), dict(num_inference_steps=25, guidance_scale=2.0)
+    folder, pipe, kept = Path(folder), AnimationPipeline.from_pretrained("nano"), json.loads((NANO / "evaluation_eta_0.json").read_text(encoding="utf-8"))
+    many = kept["options"]
     few: dict[str, Any] = dict(timesteps=nano_path().stops, guidance_scale=2.0)
     runs = {"25 steps": (pipe, many), "4 steps, student": (four_step_pipeline(folder), few | {"guidance_scale": 1.0}),
             "4 steps, nano": (four_step_pipeline(None), few), "4 even steps, nano": (pipe, many | {"num_inference_steps": 4})}
-    rows = {"25 steps": json.loads((NANO / "evaluation_eta_0.json").read_text(encoding="utf-8"))["rows"][:clips]}
+    rows = {"25 steps": kept["rows"][:clips]}
     rows |= {name: clip_rows(*run, clips) for name, run in runs.items() if name not in rows}
     seconds = alternate({name: partial(p, rows["25 steps"][0]["asked"], progress=False, **options) for name, (p, options) in runs.items()}, clock=time.process_time)
     found = dict(judged=clips, summary={name: summary(r) for name, r in rows.items()}, time={name: ratio(seconds, name, to="25 steps") for name in runs if name != "25 steps"},
@@ -191,12 +190,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.judge:
         print(table(judge_nano(args.out, args.clips or 330)["summary"]))
         return
-    accelerator = Accelerator(cpu=not torch.cuda.is_available()) if "WORLD_SIZE" in os.environ else None
     recipe = Recipe(**asdict(RECIPE) | {"steps": args.steps, "batch": args.batch, "warmup": min(RECIPE.warmup, max(1, args.steps // 10))})
-    distil_nano(args.out, recipe, args.clips or 2048, accelerator)
-    if accelerator:                                                    # all end together, or the first to leave takes the others with it
-        accelerator.wait_for_everyone()
-        accelerator.end_training()
+    with processes() as accelerator: distil_nano(args.out, recipe, args.clips or 2048, accelerator)
     print(f"Written: {args.out}. Judge it: python -m animatediff_lit.few_steps --out {args.out} --judge")
 
 # %% ../nbs/17c_few_steps.ipynb #30cd714c

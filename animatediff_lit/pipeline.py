@@ -524,8 +524,9 @@ def write_demo(videos: Sequence[Video], names: Sequence[str], folder: Path) -> P
     return folder / "contact_sheet.png"
 
 # %% ../nbs/09_sampling.ipynb #dfe12b0a
-def run_demo(prompt: str | None, out: str | Path, steps: int = 25, seed: int = 0, guidance: float = 2.0, eta: float = 1.0, model: str = "nano") -> Path:
-    "Animate `prompt` with four seeds, or `demo_prompts` with one, into the folder `out`; the path of the contact sheet."
+def run_demo(prompt: str | None, out: str | Path, steps: int = 25, seed: int = 0, guidance: float = 2.0, eta: float | None = None, model: str = "nano") -> Path:
+    "Animate `prompt` with four seeds, or `demo_prompts` with one, into the folder `out`; the path of the contact sheet. `eta` is 1 for nano and else 0, unless it is given."
+    if eta is None: eta = float(model == "nano")
     if Path(out).exists() and not Path(out).is_dir(): raise NotADirectoryError(f"{out} is a file: give a folder for the animations.")
     print(f"Loading {model} ...", flush=True)
     pipe = AnimationPipeline.from_pretrained(model)
@@ -553,7 +554,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=25, help="denoising steps")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first animation")
     parser.add_argument("--guidance", type=float, default=2.0, help="how much to insist on the text; 1 or less: no guidance")
-    parser.add_argument("--eta", type=float, default=1.0, help="noise on the way, from 0 to 1; for schedulers without it, such as Euler's, give 0")
+    parser.add_argument("--eta", type=float, help="noise on the way, from 0 to 1; by default 1 for nano and 0 for other models")
     parser.add_argument("--model", default="nano", help="'nano', a folder, or a Hugging Face Hub id")
     return parser.parse_args(argv)
 

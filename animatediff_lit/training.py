@@ -38,7 +38,7 @@ __all__ = ['DECODER_NOISE', 'CAPTION_MIX', 'STILLS_BIAS', 'CLIPS_BIAS', 'NANO_RE
            'draw_noisy', 'decoder_loss', 'train_decoder', 'contrastive_loss', 'captions_of', 'draw_pairs',
            'LatentClips', 'embed_captions', 'encode_clips', 'nano_scheduler', 'nano_schedule', 'denoising_loss',
            'train_denoiser', 'train_images', 'train_motion', 'reversal_probe', 'tokenizer_for', 'train_encoders',
-           'loss_figure', 'watcher', 'film_clips', 'save_nano', 'training_scenes', 'train_nano', 'main',
+           'loss_figure', 'watcher', 'film_clips', 'save_nano', 'training_scenes', 'train_nano', 'processes', 'main',
            'encode_scenes', 'train_style', 'save_delta', 'add_delta', 'StyledUNet']
 
 # %% ../nbs/10_training.ipynb #0d4b1a48
@@ -497,6 +497,16 @@ def train_nano(folder: str | Path, recipes: Mapping[str, Recipe] | None = None, 
     if accelerator is None or accelerator.is_main_process: save_nano(folder, pipe, clip, recipes, runs)
     return pipe
 
+# %% ../nbs/10_training.ipynb #c0a1e7b3
+@contextmanager
+def processes() -> Iterator[Any]:
+    "The `Accelerator` of a process that torchrun started, or None. At the end all leave together: a process that another has left may be aborted."
+    accelerator = Accelerator(cpu=not torch.cuda.is_available()) if "WORLD_SIZE" in os.environ else None
+    yield accelerator
+    if accelerator:
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
+
 # %% ../nbs/10_training.ipynb #049f74f0
 def main(argv: Sequence[str] | None = None) -> None:
     "Train nano from the command line."
@@ -508,11 +518,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not args.scale > 0 or args.clips < 256: parser.error("--scale must be above 0, and --clips at least 256.")
     recipes = {name: replace(r, steps=max(1, round(r.steps * args.scale)), warmup=min(r.warmup, max(1, round(r.steps * args.scale / 10)))) for name, r in NANO_RECIPES.items()}
-    accelerator = Accelerator(cpu=not torch.cuda.is_available()) if "WORLD_SIZE" in os.environ else None
-    train_nano(args.out, recipes, args.clips, accelerator, args.films)
-    if accelerator:                                                    # all end together, or the first to leave takes the others with it
-        accelerator.wait_for_everyone()
-        accelerator.end_training()
+    with processes() as accelerator: train_nano(args.out, recipes, args.clips, accelerator, args.films)
     print(f"Written: {args.out}. Try it: python -m animatediff_lit.pipeline --model {args.out}")
 
 # %% ../nbs/10_training.ipynb #9ef4a4ba

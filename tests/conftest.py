@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from measure import ROOT
 
@@ -18,14 +19,17 @@ def pytest_configure(config):
 
 @pytest.fixture
 def run_in_two(tmp_path):
-    "Runs a script in two processes, with `out` as its argument."
+    "Runs a script with an `accelerator` in two processes, with `out` as its argument. The test itself has one thread as well: with two, sums are added in another order."
     def run(script: str, out) -> None:
-        (tmp_path / "two.py").write_text(script)
+        (tmp_path / "two.py").write_text(script + "accelerator.wait_for_everyone()\naccelerator.end_training()\n")
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "two.py"), str(out)]
         done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-2000:]
-    return run
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield run
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

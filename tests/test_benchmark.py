@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from animatediff_lit import benchmark as bench
-from animatediff_lit.benchmark import HEAD, LIMITS, RECORD, SUBJECTS, Request, benchmark, calls, distance, imports, main, measure, random_unet, table, twin
+from animatediff_lit.benchmark import HEAD, LIMITS, RECORD, SUBJECTS, Request, benchmark, calls, distance, imports, main, measure, prepare, random_unet, table, twin
+from animatediff_lit.speed import FastUNet, network
 
 TINY = Request("tiny", frames=2)
 QUICK: dict[str, Any] = dict(subjects=["tiny"], frames=[1, 3], modes=["eager"], rounds=2, memory=False, threads=1)
@@ -109,6 +110,14 @@ def test_what_cannot_be_compiled_says_why(monkeypatch):
     row = measure(Request("tiny", 2, "compiled"))
     assert row["status"] == "not run" and row["reason"] == "No compiler here." and "No compiler here." in table({"rows": [row], "machine": {}})
     with pytest.raises(RuntimeError, match="No compiler"): measure(TINY)
+
+
+@pytest.mark.parametrize("mode, ours, theirs", [("eager", False, False), ("optimised", False, False), ("compiled", True, True), ("ours compiled", True, False)])
+def test_who_is_compiled(mode, ours, theirs):
+    unet = random_unet("tiny")
+    other = twin(unet)
+    ready = prepare(unet, other, mode)
+    assert isinstance(ready, FastUNet) == (mode != "eager") and (getattr(ready, "run", network) is not network) == ours and (other._compiled_call_impl is not None) == theirs
 
 
 def test_imports(monkeypatch):

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from animatediff_lit.pipeline import demo_prompts, main
+from animatediff_lit import pipeline
+from animatediff_lit.pipeline import NANO, check_settings, demo_prompts, main
 from animatediff_lit.video import BACKGROUNDS, COLOURS, MOTIONS, SHAPES
 from measure import ROOT
 
@@ -47,6 +48,14 @@ def test_own_prompt(tmp_path):
     gifs = sorted((tmp_path / "demo").glob("*.gif"))
     assert [re.findall(r"-seed-(\d+)$", g.stem) for g in gifs] == [["10"], ["7"], ["8"], ["9"]]
     assert len({g.read_bytes() for g in gifs}) == 4
+
+
+def test_noise_on_the_way_is_for_nano(tmp_path, monkeypatch):
+    "Other models may have a scheduler without it, and the released ones are asked without."
+    asked = []
+    monkeypatch.setattr(pipeline, "check_settings", lambda scheduler, steps, guidance, eta, *rest: asked.append(eta) or check_settings(scheduler, 0, guidance, eta, *rest))
+    for more in ([], ["--model", str(NANO)], ["--model", str(NANO), "--eta", "0.5"]): assert main(["--out", str(tmp_path / "demo"), *more]) == 2
+    assert asked == [1, 0, 0.5] and not list(tmp_path.iterdir())
 
 
 def test_unknown_word(tmp_path):

@@ -145,8 +145,6 @@ student = Tiny()
 distil(student, data(), BLANK, Recipe(steps=4, batch=4, warmup=1, ema=0.5), Segments(SCHEDULE), 1, accelerator=(accelerator := Accelerator(cpu=True)))
 assert accelerator.num_processes == 2
 if accelerator.is_main_process: torch.save(student.state_dict(), sys.argv[1])
-accelerator.wait_for_everyone()
-accelerator.end_training()
 """
 
 
