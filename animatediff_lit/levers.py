@@ -15,20 +15,22 @@ from pathlib import Path
 from typing import Any
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from .diffusion import NoiseSchedule
 from .evaluation import STRAIGHT, generate, grid, interval, judge, judge_all, summary, to_model, wilson
 from .latents import decode_video, encode_video
-from .pipeline import NANO, AnimationPipeline
-from .training import (NANO_RECIPES, LatentClips, Recipe, denoising_loss, encode_scenes, nano_schedule, nano_scheduler, render_clips, reversal_probe,
-                                      train_decoder, train_denoiser, train_images, training_scenes)
+from .pipeline import NANO, AnimationPipeline, predict
+from .training import (CLIPS_BIAS, DECODER_NOISE, NANO_RECIPES, LatentClips, Recipe, decoder_loss, denoising_loss, draw_noisy, encode_scenes, fit,
+                                      nano_schedule, nano_scheduler, reconstruction_loss, render_clips, reversal_probe, train_decoder, train_denoiser,
+                                      train_images, training_scenes)
 from .unet import UNet3DConditionModel
 from .video import Scene, draw_scenes, pixels_of, separate, solid, track, write_whole
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'IMAGES', 'MOTION', 'LEVERS', 'RECORD', 'STILLS', 'Move', 'moves', 'way_gone', 'Lever', 'weights_of',
            'give_context', 'schedule_for', 'base_for', 'judged', 'train_lever', 'run_levers', 'lever_table',
-           'latents_of', 'train_stills', 'noisy_decoder', 'training_pass', 'paces', 'main']
+           'latents_of', 'train_stills', 'noisy_decoder', 'last_steps', 'draw_both', 'made_latents', 'train_on_made',
+           'training_pass', 'paces', 'main']
 
 # %% ../nbs/10b_levers.ipynb #ad9c4023
 @dataclass(frozen=True)
@@ -206,6 +208,48 @@ def noisy_decoder(noise: float, latents: Tensor, recipe: Recipe = NANO_RECIPES["
     given = {"model": latents, "through the autoencoder": encode_video(pipe.vae, to_model(render_clips(scenes)).transpose(1, 2))}
     made = {name: summary(judge_all(scenes, pipe.decode(z, [s.caption for s in scenes]))) for name, z in given.items()}
     return {"noise": noise, "recipe": asdict(recipe), "history": history, "summary": made} | latents_of(pipe)
+
+# %% ../nbs/10b_levers.ipynb #5a1c7e02
+@torch.no_grad()
+def last_steps(pipe: AnimationPipeline, scenes: Sequence[Scene], steps: int, generator: torch.Generator, scale: float = 2.0) -> Tensor:
+    "The scenes' clips as latents `(n, c, f, h, w)`, noised to where the last `steps` of 25 begin, and sampled from there, guided by `scale` and with noise on the way."
+    text, blank = pipe.encode_prompt([s.caption for s in scenes]), pipe.encode_prompt("")
+    latents = encode_video(pipe.vae, to_model(render_clips(scenes)).transpose(1, 2))
+    pipe.scheduler.set_timesteps(25)
+    times = pipe.scheduler.timesteps[-steps:]
+    latents = pipe.scheduler.add_noise(latents, torch.randn(latents.shape, generator=generator), times[:1].expand(len(latents)))
+    for t in times:
+        output = predict(pipe.unet, latents, t, text, blank.expand_as(text), scale)
+        latents = pipe.scheduler.step(output, t, latents, eta=1.0, generator=generator).prev_sample
+    return latents
+
+
+# %% ../nbs/10b_levers.ipynb #5a1c7e07
+def draw_both(data: LatentClips, bias: float = 2.0) -> Callable[[torch.Generator, int], dict[str, Tensor]]:
+    "For every second clip the timestep leans to the noise, as CLIPS_BIAS says, for the others by `bias` to the clip."
+    def draw(g: torch.Generator, batch: int) -> dict[str, Tensor]:
+        noisy, clear = data.draw(g, batch // 2, bias=CLIPS_BIAS), data.draw(g, batch - batch // 2, bias=bias)
+        return {k: torch.stack([noisy[k], clear[k]], 1).flatten(0, 1) for k in noisy}
+    return draw
+
+
+# %% ../nbs/10b_levers.ipynb #5a1c7e0a
+def made_latents(pipe: AnimationPipeline, scenes: Sequence[Scene], most: int = 8, seed: int = 21) -> Tensor:
+    "`last_steps` of all scenes, for eight at a time the last one, two and so on up to `most`, and from one again."
+    g = torch.Generator().manual_seed(seed)
+    return torch.cat([last_steps(pipe, scenes[i:i + 8], 1 + i // 8 % most, g).half() for i in range(0, len(scenes), 8)])
+
+def train_on_made(vae: Any, clips: Tensor, made: Tensor, recipe: Recipe, noise: float = DECODER_NOISE) -> list[dict[str, float]]:
+    "`train_decoder`, but half of each batch are frames of `made`, latents `(n, c, f, h, w)` that should have been the first `n` of `clips`."
+    noisy, latents, frames = draw_noisy(clips, noise), made.transpose(1, 2).flatten(0, 1), clips[:len(made)].flatten(0, 1)
+    def draw(g: torch.Generator, batch: int) -> dict[str, Tensor]:
+        i = torch.randint(len(latents), (batch - batch // 2,), generator=g)
+        return {"made": latents[i], "meant": frames[i]} | noisy(g, batch // 2)
+    def loss(decoder: nn.Module, made: Tensor, meant: Tensor, **drawn: Tensor) -> tuple[Tensor, dict[str, float]]:
+        theirs, numbers = reconstruction_loss(decoder(vae.post_quant_conv(made.float() / vae.config.scaling_factor)), to_model(meant))
+        return (decoder_loss(vae, decoder, **drawn)[0] + theirs) / 2, numbers
+    return fit(vae.decoder, draw, loss, recipe)
+
 
 # %% ../nbs/10b_levers.ipynb #94364441
 def training_pass(stage: str, way: str = "plain") -> Callable[[], None]:
