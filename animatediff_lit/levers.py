@@ -226,9 +226,10 @@ def last_steps(pipe: AnimationPipeline, scenes: Sequence[Scene], steps: int, gen
 
 # %% ../nbs/10b_levers.ipynb #5a1c7e07
 def draw_both(data: LatentClips, bias: float = 2.0) -> Callable[[torch.Generator, int], dict[str, Tensor]]:
-    "For every second clip the timestep leans to the noise, as CLIPS_BIAS says, for the others by `bias` to the clip."
+    "For every second clip the timestep leans to the noise, as CLIPS_BIAS says, for the others by `bias` to the clip. An odd batch raises a ValueError."
     def draw(g: torch.Generator, batch: int) -> dict[str, Tensor]:
-        noisy, clear = data.draw(g, batch // 2, bias=CLIPS_BIAS), data.draw(g, batch - batch // 2, bias=bias)
+        if batch % 2: raise ValueError(f"A batch of {batch} clips has no two halves: choose an even number.")
+        noisy, clear = (data.draw(g, batch // 2, bias=b) for b in (CLIPS_BIAS, bias))
         return {k: torch.stack([noisy[k], clear[k]], 1).flatten(0, 1) for k in noisy}
     return draw
 

@@ -8,10 +8,11 @@ import torch
 
 from animatediff_lit import levers
 from animatediff_lit.evaluation import STRAIGHT
-from animatediff_lit.levers import IMAGES, LEVERS, MOTION, RECORD, Lever, base_for, lever_table, main, moves, paces, run_levers, train_lever, way_gone
+from animatediff_lit.levers import (IMAGES, LEVERS, MOTION, RECORD, Lever, base_for, draw_both, last_steps, lever_table, made_latents, main, moves, paces,
+                                    run_levers, train_lever, way_gone)
 from animatediff_lit.pipeline import AnimationPipeline
-from animatediff_lit.training import encode_scenes
-from animatediff_lit.video import read_clip
+from animatediff_lit.training import CLIPS_BIAS, LatentClips, encode_scenes
+from animatediff_lit.video import draw_scenes, read_clip
 
 OPPOSITE = dict(zip(STRAIGHT, (STRAIGHT[1], STRAIGHT[0], STRAIGHT[3], STRAIGHT[2])))
 
@@ -87,3 +88,26 @@ def test_the_record_holds_every_lever():
     assert all(run["n"] == 330 and run["history"][-1]["step"] == run["recipe"]["steps"] == 2000 for run in record["stills"])
     for name, runs in (item for part in parts for item in part.items()):
         for run in runs: assert Lever(**run["lever"]) == LEVERS[name] and len(run["gone"]) == len(run["motion"]) == len(record["levers"]["as nano"][0]["gone"])
+
+
+def test_every_second_clip_leans_to_the_noise():
+    data = LatentClips(torch.randn(3, 4, 2, 2, 2), torch.zeros(3, 5, dtype=torch.long), torch.randn(1, 4, 8))
+    drawn = draw_both(data)(torch.Generator().manual_seed(0), 10_000)
+    noisy, clear = drawn["t"].float().div(1000).reshape(-1, 2).mean(0)
+    assert noisy == pytest.approx(1 / (1 + CLIPS_BIAS), abs=0.02) and clear == pytest.approx(1 / 3, abs=0.02)
+    assert {k: len(v) for k, v in drawn.items()} == dict.fromkeys(("clean", "noise", "t", "text"), 10_000)
+    with pytest.raises(ValueError, match="5 clips has no two halves"): draw_both(data)(torch.Generator(), 5)
+
+
+def test_the_last_steps_begin_at_the_clip_and_stray_with_their_number():
+    nano, scenes = AnimationPipeline.from_pretrained("nano"), draw_scenes(3, seed=5)
+    clean = encode_scenes(nano, scenes).latents.float()
+    away = [(last_steps(nano, scenes, n, torch.Generator().manual_seed(0)) - clean).square().mean().item() for n in (1, 4, 25)]
+    assert away[0] < away[1] < away[2] and away[0] < 0.02 < 0.2 < away[2]
+
+
+def test_made_latents_are_those_of_their_scenes(monkeypatch):
+    asked = []
+    monkeypatch.setattr(levers, "last_steps", lambda pipe, scenes, steps, g: asked.append((len(scenes), steps)) or torch.zeros(len(scenes), 1))
+    assert made_latents(None, draw_scenes(30, seed=5), most=3).shape == (30, 1)
+    assert asked == [(8, 1), (8, 2), (8, 3), (6, 1)]
