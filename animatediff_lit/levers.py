@@ -223,7 +223,6 @@ def last_steps(pipe: AnimationPipeline, scenes: Sequence[Scene], steps: int, gen
         latents = pipe.scheduler.step(output, t, latents, eta=1.0, generator=generator).prev_sample
     return latents
 
-
 # %% ../nbs/10b_levers.ipynb #5a1c7e07
 def draw_both(data: LatentClips, bias: float = 2.0) -> Callable[[torch.Generator, int], dict[str, Tensor]]:
     "For every second clip the timestep leans to the noise, as CLIPS_BIAS says, for the others by `bias` to the clip. An odd batch raises a ValueError."
@@ -232,7 +231,6 @@ def draw_both(data: LatentClips, bias: float = 2.0) -> Callable[[torch.Generator
         noisy, clear = (data.draw(g, batch // 2, bias=b) for b in (CLIPS_BIAS, bias))
         return {k: torch.stack([noisy[k], clear[k]], 1).flatten(0, 1) for k in noisy}
     return draw
-
 
 # %% ../nbs/10b_levers.ipynb #5a1c7e0a
 def made_latents(pipe: AnimationPipeline, scenes: Sequence[Scene], most: int = 8, seed: int = 21) -> Tensor:
@@ -250,7 +248,6 @@ def train_on_made(vae: Any, clips: Tensor, made: Tensor, recipe: Recipe, noise: 
         theirs, numbers = reconstruction_loss(decoder(vae.post_quant_conv(made.float() / vae.config.scaling_factor)), to_model(meant))
         return (decoder_loss(vae, decoder, **drawn)[0] + theirs) / 2, numbers
     return fit(vae.decoder, draw, loss, recipe)
-
 
 # %% ../nbs/10b_levers.ipynb #94364441
 def training_pass(stage: str, way: str = "plain") -> Callable[[], None]:
