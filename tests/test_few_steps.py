@@ -4,6 +4,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from animatediff_lit.debugging import fingerprint
 from animatediff_lit.diffusion import NoiseSchedule
 from animatediff_lit.evaluation import grid, judge, summary, table
-from animatediff_lit.few_steps import FOUR_STEPS, Segments, consistency_loss, distil, distil_nano, four_step_pipeline, jump, main, nano_path, paired
+from animatediff_lit.few_steps import FOUR_STEPS, RECIPE, Segments, consistency_loss, distil, distil_nano, four_step_pipeline, jump, main, nano_path, paired
 from animatediff_lit.pipeline import NANO, AnimationPipeline, denoise, draw_noise, guide
 from animatediff_lit.training import LatentClips, Recipe, add_delta, nano_schedule, nano_scheduler
 
@@ -185,7 +186,7 @@ def test_the_smallest_run_from_the_command_line(tmp_path, capsys):
     record = json.loads((out / "four_steps.json").read_text())
     assert record["recipe"]["steps"] == 1 and record["judged"] == 1 and set(record["time"]) == set(record["more"]) and 0 < record["time"]["4 steps, student"][0] < 0.5
     assert set(record["summary"]) == {"25 steps", "4 steps, student", "4 steps, nano", "4 even steps, nano"} and "| 25 steps |" in capsys.readouterr().out
-    again = distil_nano(out, Recipe(steps=1, batch=1, seed=7), clips=2)                 # finished already: nothing but the file is made anew
+    again = distil_nano(out, replace(RECIPE, steps=1, batch=1), clips=2)                 # finished already: nothing but the file is made anew
     small, nano = load_file(out / "four_steps.safetensors"), AnimationPipeline.from_pretrained("nano").unet.state_dict()
     assert all(torch.equal(p, nano[n]) or torch.equal(small[n], (p - nano[n]).half()) for n, p in again.unet.state_dict().items())
 
