@@ -25,8 +25,8 @@ from .training import LatentClips, Recipe, add_delta, encode_scenes, fit, nano_s
 from .video import draw_scenes, write_whole
 
 # %% auto #0
-__all__ = ['FOUR_STEPS', 'RECORD', 'RECIPE', 'jump', 'Segments', 'consistency_loss', 'distil', 'nano_path', 'write_record',
-           'distil_nano', 'four_step_pipeline', 'paired', 'clip_rows', 'judge_nano', 'main']
+__all__ = ['FOUR_STEPS', 'RECORD', 'RECIPE', 'GUIDANCE', 'jump', 'Segments', 'consistency_loss', 'distil', 'nano_path',
+           'write_record', 'distil_nano', 'four_step_pipeline', 'paired', 'clip_rows', 'judge_nano', 'main']
 
 # %% ../nbs/17c_few_steps.ipynb #bf15aa85
 def jump(output: Tensor, noisy: Tensor, turn: Tensor) -> Tensor:
@@ -104,6 +104,7 @@ def distil(student: nn.Module, data: LatentClips, blank: Tensor, recipe: Recipe,
 FOUR_STEPS = NANO.parent / "few_steps" / "four_steps.safetensors"
 RECORD = FOUR_STEPS.with_suffix(".json").name
 RECIPE = Recipe(steps=1000, batch=8, lr=2e-3, warmup=50, ema=0.99, save_every=50, log_every=50, seed=7, muon=True)
+GUIDANCE = 3.0
 
 # %% ../nbs/17c_few_steps.ipynb #4b261973
 def nano_path() -> Segments:
@@ -126,13 +127,13 @@ def distil_nano(folder: str | Path, recipe: Recipe = RECIPE, clips: int = 2048, 
     folder, pipe = Path(folder), AnimationPipeline.from_pretrained("nano")
     nano = copy.deepcopy(pipe.unet).requires_grad_(False)
     before, data = fingerprint(*nano.state_dict().values()), encode_scenes(pipe, draw_scenes(clips, seed=7))
-    history = distil(pipe.unet, data, pipe.encode_prompt(""), recipe, nano_path(), teacher=FastUNet(nano), accelerator=accelerator,
+    history = distil(pipe.unet, data, pipe.encode_prompt(""), recipe, nano_path(), teacher=FastUNet(nano), scale=GUIDANCE, accelerator=accelerator,
                      checkpoint=folder.with_name(folder.name + "-runs") / f"{before}.ckpt")
     pipe.unet.eval()
     if accelerator is None or accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         save_delta(pipe.unet, nano, folder / FOUR_STEPS.name)
-        write_record(folder, dict(nano=before, recipe=asdict(recipe), clips=clips, history=history))
+        write_record(folder, dict(nano=before, recipe=asdict(recipe), guidance=GUIDANCE, clips=clips, history=history))
     return pipe
 
 # %% ../nbs/17c_few_steps.ipynb #8e93ba50
