@@ -21,8 +21,8 @@ from .evaluation import STRAIGHT, generate, grid, interval, judge, judge_all, su
 from .latents import decode_video, encode_video
 from .pipeline import NANO, AnimationPipeline, predict
 from .training import (CLIPS_BIAS, DECODER_NOISE, NANO_RECIPES, LatentClips, Recipe, decoder_loss, denoising_loss, draw_noisy, encode_scenes, fit,
-                                      nano_schedule, nano_scheduler, reconstruction_loss, render_clips, reversal_probe, train_decoder, train_denoiser,
-                                      train_images, training_scenes)
+                                      nano_schedule, nano_scheduler, reconstruction_loss, render_clips, reversal_probe, scene_latents, train_decoder,
+                                      train_denoiser, train_images, training_scenes)
 from .unet import UNet3DConditionModel
 from .video import Scene, draw_scenes, pixels_of, separate, solid, track, write_whole
 
@@ -205,7 +205,7 @@ def noisy_decoder(noise: float, latents: Tensor, recipe: Recipe = NANO_RECIPES["
     pipe, scenes = AnimationPipeline.from_pretrained("nano"), grid(len(latents))
     history = train_decoder(pipe.vae, torch.cat([render_clips(training_scenes(clips)), render_clips(draw_scenes(clips // 2, seed=6), style="neon")]), recipe, noise)
     pipe.vae.eval()
-    given = {"model": latents, "through the autoencoder": encode_video(pipe.vae, to_model(render_clips(scenes)).transpose(1, 2))}
+    given = {"model": latents, "through the autoencoder": scene_latents(pipe, scenes)}
     made = {name: summary(judge_all(scenes, pipe.decode(z, [s.caption for s in scenes]))) for name, z in given.items()}
     return {"noise": noise, "recipe": asdict(recipe), "history": history, "summary": made} | latents_of(pipe)
 
@@ -213,8 +213,7 @@ def noisy_decoder(noise: float, latents: Tensor, recipe: Recipe = NANO_RECIPES["
 @torch.no_grad()
 def last_steps(pipe: AnimationPipeline, scenes: Sequence[Scene], steps: int, generator: torch.Generator, scale: float = 2.0) -> Tensor:
     "The scenes' clips as latents `(n, c, f, h, w)`, noised to where the last `steps` of 25 begin, and sampled from there, guided by `scale` and with noise on the way."
-    text, blank = pipe.encode_prompt([s.caption for s in scenes]), pipe.encode_prompt("")
-    latents = encode_video(pipe.vae, to_model(render_clips(scenes)).transpose(1, 2))
+    text, blank, latents = pipe.encode_prompt([s.caption for s in scenes]), pipe.encode_prompt(""), scene_latents(pipe, scenes)
     pipe.scheduler.set_timesteps(25)
     times = pipe.scheduler.timesteps[-steps:]
     latents = pipe.scheduler.add_noise(latents, torch.randn(latents.shape, generator=generator), times[:1].expand(len(latents)))

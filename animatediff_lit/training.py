@@ -37,9 +37,9 @@ __all__ = ['DECODER_NOISE', 'CAPTION_MIX', 'STILLS_BIAS', 'CLIPS_BIAS', 'NANO_RE
            'optimizers', 'Run', 'fit', 'reconstruction_loss', 'autoencoder_loss', 'render_clips', 'draw_frames',
            'draw_noisy', 'decoder_loss', 'train_decoder', 'contrastive_loss', 'captions_of', 'draw_pairs',
            'LatentClips', 'embed_captions', 'encode_clips', 'nano_scheduler', 'nano_schedule', 'denoising_loss',
-           'train_denoiser', 'train_images', 'train_motion', 'reversal_probe', 'tokenizer_for', 'train_encoders',
-           'loss_figure', 'watcher', 'film_clips', 'save_nano', 'training_scenes', 'train_nano', 'processes', 'main',
-           'encode_scenes', 'train_style', 'save_delta', 'add_delta', 'StyledUNet']
+           'train_denoiser', 'train_images', 'train_motion', 'scene_latents', 'reversal_probe', 'tokenizer_for',
+           'train_encoders', 'loss_figure', 'watcher', 'film_clips', 'save_nano', 'training_scenes', 'train_nano',
+           'processes', 'main', 'encode_scenes', 'train_style', 'save_delta', 'add_delta', 'StyledUNet']
 
 # %% ../nbs/10_training.ipynb #0d4b1a48
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -378,10 +378,14 @@ def train_motion(unet: UNet3DConditionModel, data: LatentClips, recipe: Recipe, 
     return history
 
 # %% ../nbs/10_training.ipynb #80b81839
+def scene_latents(pipe: AnimationPipeline, scenes: Sequence[Scene], frames: int = 16) -> Tensor:
+    "The scenes' clips as the pipeline's autoencoder sees them, `(n, c, f, h, w)`."
+    return encode_video(pipe.vae, to_model(render_clips(scenes, frames)).transpose(1, 2))
+
 @torch.no_grad()
 def reversal_probe(pipe: AnimationPipeline, scenes: Sequence[Scene], t: int, seed: int = 0, frames: int = 16) -> dict[str, float]:
     "How much the loss at timestep `t` rises, for each motion, when the caption's direction is reversed (0.1 = ten per cent)."
-    schedule, clean = NoiseSchedule.from_scheduler(pipe.scheduler), encode_video(pipe.vae, to_model(render_clips(scenes, frames)).transpose(1, 2))
+    schedule, clean = NoiseSchedule.from_scheduler(pipe.scheduler), scene_latents(pipe, scenes, frames)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed))
     noisy, target, when = schedule.add_noise(clean, noise, t), schedule.target(clean, noise, t), torch.full((len(clean),), t)
     true, reversed_ = (pipe.unet(noisy, when, embed_captions(pipe.text_encoder, pipe.tokenizer, captions)).sub(target).square().mean((1, 2, 3, 4))
