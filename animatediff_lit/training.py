@@ -396,11 +396,11 @@ def reversal_probe(pipe: AnimationPipeline, scenes: Sequence[Scene], t: int, see
 
 # %% ../nbs/10_training.ipynb #bb18580b
 NANO_RECIPES = {
-    "autoencoder": Recipe(steps=2500, batch=32, lr=2e-3, ema=0.998, seed=1),
-    "text": Recipe(steps=2000, batch=128, lr=3e-3, ema=0.995, seed=2, muon=True),
+    "autoencoder": Recipe(steps=2000, batch=32, lr=2e-3, ema=0.998, seed=1),
+    "text": Recipe(steps=1800, batch=128, lr=3e-3, ema=0.995, seed=2, muon=True),
     "decoder": Recipe(steps=600, batch=32, lr=1e-3, warmup=50, ema=0.995, seed=8),
     "images": Recipe(steps=4500, batch=64, lr=4e-3, seed=4, muon=True),
-    "motion": Recipe(steps=4700, batch=8, lr=8e-3, seed=5, muon=True)}
+    "motion": Recipe(steps=4000, batch=8, lr=8e-3, seed=5, muon=True)}
 
 # %% ../nbs/10_training.ipynb #d6aff008
 def tokenizer_for(captions: Sequence[Sequence[str]]) -> Any:
@@ -475,8 +475,8 @@ def save_nano(folder: Path, pipe: AnimationPipeline, clip: NanoCLIP, recipes: Ma
 
 # %% ../nbs/10_training.ipynb #d36dd5fe
 def training_scenes(n: int) -> list[Scene]:
-    "`n` scenes for training, and about a third as many again that spin."
-    return draw_scenes(n, seed=2) + [s for s in draw_scenes(2 * n, seed=3) if s.motion.startswith("spinning")]
+    "`n` scenes for training, and about two thirds as many again that spin or are stars, the hardest motion and shape."
+    return draw_scenes(n, seed=2) + [s for s in draw_scenes(2 * n, seed=3) if s.motion.startswith("spinning") or s.shape == "star"]
 
 # %% ../nbs/10_training.ipynb #0820a1c3
 def train_nano(folder: str | Path, recipes: Mapping[str, Recipe] | None = None, clips: int = 4096, accelerator: Any = None,
