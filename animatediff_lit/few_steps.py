@@ -121,14 +121,14 @@ def write_record(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
 def distil_nano(folder: str | Path, recipe: Recipe = RECIPE, clips: int = 2048, accelerator: Any = None) -> AnimationPipeline:
     """Distil nano on `clips` clips and write what changed, `four_steps.safetensors`, and its record to `folder`; returns the student.
 
-    The checkpoint lies in a folder of the same name with `-runs` behind it, under the fingerprint of this nano: killed and called again,
+    The checkpoint lies in a folder of the same name with `-runs` behind it, under the fingerprint of this nano and the guidance: killed and called again,
     the training continues.
     """
     folder, pipe = Path(folder), AnimationPipeline.from_pretrained("nano")
     nano = copy.deepcopy(pipe.unet).requires_grad_(False)
     before, data = fingerprint(*nano.state_dict().values()), encode_scenes(pipe, draw_scenes(clips, seed=7))
     history = distil(pipe.unet, data, pipe.encode_prompt(""), recipe, nano_path(), teacher=FastUNet(nano), scale=GUIDANCE, accelerator=accelerator,
-                     checkpoint=folder.with_name(folder.name + "-runs") / f"{before}.ckpt")
+                     checkpoint=folder.with_name(folder.name + "-runs") / f"{before}-{GUIDANCE:g}.ckpt")
     pipe.unet.eval()
     if accelerator is None or accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The hour again: trains nano from nothing in two processes, judges 330 clips, and writes it into weights/hour.json, which chapter 10 shows.
+"""The hour again: trains nano from nothing in two processes, judges 330 clips, and writes it into weights/hour.json, which chapter 10 shows, before the earlier ones.
 
     python tests/hour.py OUT       an hour of two cores, and a quarter of one to judge; OUT is a folder that does not exist
 """
@@ -45,5 +45,7 @@ if __name__ == "__main__":
     parser.add_argument("out", type=lambda name: Path(name).absolute(), help="a new folder for the run")
     out = parser.parse_args().out
     if out.exists(): parser.error(f"{out} is there already, and its time would not count: give a new folder.")
-    file = NANO.parent / "hour.json"
-    write_whole(file, (json.dumps(json.loads(file.read_text()) | {"whole": record(out)}, indent=1) + "\n").encode())
+    file, new = NANO.parent / "hour.json", record(out)
+    old = json.loads(file.read_text())
+    before = old["whole"] | {"name": f"the hour of {old['whole']['machine']['date']}"}
+    write_whole(file, (json.dumps({"whole": new, "earlier": [*old["earlier"], before]}, indent=1) + "\n").encode())
