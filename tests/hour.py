@@ -48,4 +48,4 @@ if __name__ == "__main__":
     file, new = NANO.parent / "hour.json", record(out)
     old = json.loads(file.read_text())
     before = old["whole"] | {"name": f"the hour of {old['whole']['machine']['date']}"}
-    write_whole(file, (json.dumps({"whole": new, "earlier": [*old["earlier"], before]}, indent=1) + "\n").encode())
+    write_whole(file, (json.dumps(old | {"whole": new, "earlier": [*old["earlier"], before]}, indent=1) + "\n").encode())
