@@ -8,6 +8,7 @@ import argparse
 import json
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -29,8 +30,8 @@ from .video import Scene, draw_scenes, pixels_of, separate, solid, track, write_
 # %% auto #0
 __all__ = ['WEIGHTS', 'IMAGES', 'MOTION', 'LEVERS', 'RECORD', 'STILLS', 'Move', 'moves', 'way_gone', 'Lever', 'weights_of',
            'give_context', 'schedule_for', 'base_for', 'judged', 'train_lever', 'run_levers', 'lever_table',
-           'latents_of', 'train_stills', 'noisy_decoder', 'last_steps', 'draw_both', 'made_latents', 'train_on_made',
-           'training_pass', 'paces', 'main']
+           'latents_of', 'wrong_shapes', 'train_stills', 'noisy_decoder', 'last_steps', 'draw_both', 'made_latents',
+           'train_on_made', 'training_pass', 'paces', 'main']
 
 # %% ../nbs/10b_levers.ipynb #ad9c4023
 @dataclass(frozen=True)
@@ -188,15 +189,21 @@ def latents_of(pipe: AnimationPipeline, n: int = 66) -> dict[str, float]:
 # %% ../nbs/10b_levers.ipynb #de8443b5
 STILLS = Recipe(steps=2000, batch=32, lr=4e-3, seed=4, muon=True)
 
+def wrong_shapes(pipe: AnimationPipeline, n: int = 330, **options: Any) -> dict[str, int]:
+    "Of `n` stills of a pipeline's image model alone, how many do not show the shape they should: shape by shape, most first. `options` are those of `generate`."
+    pipe.unet.set_motion(False)
+    stills = generate(pipe, grid(n), batch=66, video_length=1, **options)
+    pipe.unet.set_motion(True)
+    wrong = Counter(s.shape for s, v in zip(grid(n), stills) if not judge(s, np.repeat(v.frames, 16, 0))["shape"])      # the reader reads clips
+    return dict(wrong.most_common())
+
 def train_stills(encoders: str | Path, images: Recipe = STILLS, clips: int = 4096, n: int = 330) -> dict[str, Any]:
     "A short stage 1 from nothing, on both encoders of a pipeline's folder; `right` of `n` stills show the shape that was asked for."
     old = AnimationPipeline.from_pretrained(encoders)
     torch.manual_seed(3)
     pipe = AnimationPipeline(UNet3DConditionModel.from_preset("nano"), old.vae, old.text_encoder, old.tokenizer, nano_scheduler())
     history = train_images(pipe.unet, encode_scenes(pipe, training_scenes(clips)), images)
-    pipe.unet.set_motion(False)
-    stills = generate(pipe, grid(n), batch=66, video_length=1, guidance_scale=2)
-    right = sum(bool(judge(s, np.repeat(v.frames, 16, 0))["shape"]) for s, v in zip(grid(n), stills))          # the reader reads clips
+    right = n - sum(wrong_shapes(pipe, n, guidance_scale=2).values())
     return {"recipe": asdict(images), "history": history, "right": right, "n": n} | latents_of(old)
 
 # %% ../nbs/10b_levers.ipynb #28ec6d78

@@ -12,11 +12,13 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from measure import ROOT
 
 sys.path.insert(0, str(ROOT))
 from animatediff_lit.benchmark import machine
-from animatediff_lit.pipeline import NANO
+from animatediff_lit.levers import wrong_shapes
+from animatediff_lit.pipeline import NANO, AnimationPipeline
 from animatediff_lit.video import write_whole
 
 COMMAND = "-m torch.distributed.run --standalone --nproc-per-node 2 -m animatediff_lit.training --out"
@@ -29,6 +31,15 @@ def python(*words: str | Path) -> float:
     return time.perf_counter() - start
 
 
+def mistakes(rows: list[dict]) -> list[dict[str, str]]:
+    return [{key: row[key] for key in ("asked", "read")} for row in rows if not row["all three"]]
+
+
+def stills(folder: str | Path, options: dict) -> dict[str, int]:
+    torch.set_num_threads(1)
+    return wrong_shapes(AnimationPipeline.from_pretrained(folder), **options)
+
+
 def record(out: Path) -> dict:
     "Trains and judges; the `whole` run of hour.json."
     seconds = python(*COMMAND.split(), out / "nano")
@@ -37,7 +48,7 @@ def record(out: Path) -> dict:
     judged = json.loads((out / "evaluation" / "evaluation.json").read_text())
     parts = {name: {key: rows[-1][key] for key in ("step", "seconds")} for name, rows in log["history"].items()}
     return {"command": f"python {COMMAND}", "machine": machine("cpu", 1, "wall"), "seconds": seconds, "parts": parts, "recipes": log["recipes"],
-            "options": judged["options"], "summary": judged["summary"]["model"]}
+            "options": judged["options"], "summary": judged["summary"]["model"], "wrong": mistakes(judged["rows"]), "stills": stills(out / "nano", judged["options"])}
 
 
 if __name__ == "__main__":
@@ -48,4 +59,4 @@ if __name__ == "__main__":
     file, new = NANO.parent / "hour.json", record(out)
     old = json.loads(file.read_text())
     before = old["whole"] | {"name": f"the hour of {old['whole']['machine']['date']}"}
-    write_whole(file, (json.dumps(old | {"whole": new, "earlier": [*old["earlier"], before]}, indent=1) + "\n").encode())
+    write_whole(file, (json.dumps({"whole": new, "earlier": [*old["earlier"], before], "shipped": {"stills": stills("nano", new["options"])}}, indent=1) + "\n").encode())

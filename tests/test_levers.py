@@ -12,7 +12,7 @@ from animatediff_lit.levers import (IMAGES, LEVERS, MOTION, RECORD, Lever, base_
                                     run_levers, train_lever, way_gone)
 from animatediff_lit.pipeline import AnimationPipeline
 from animatediff_lit.training import CLIPS_BIAS, LatentClips, encode_scenes
-from animatediff_lit.video import draw_scenes, read_clip
+from animatediff_lit.video import Video, draw_scenes, read_clip
 
 OPPOSITE = dict(zip(STRAIGHT, (STRAIGHT[1], STRAIGHT[0], STRAIGHT[3], STRAIGHT[2])))
 
@@ -111,3 +111,14 @@ def test_made_latents_are_those_of_their_scenes(monkeypatch):
     monkeypatch.setattr(levers, "last_steps", lambda pipe, scenes, steps, g: asked.append((len(scenes), steps)) or torch.zeros(len(scenes), 1))
     assert made_latents(None, draw_scenes(30, seed=5), most=3).shape == (30, 1)
     assert asked == [(8, 1), (8, 2), (8, 3), (6, 1)]
+
+
+@pytest.mark.parametrize("changed, wrong", [({}, {}), ({"star": "circle", "moon": "square"}, {"star": 5, "moon": 4})])
+def test_wrong_shapes_are_those_that_were_not_asked_for(monkeypatch, changed, wrong):
+    def switches(pipe): return [m.enabled for m in pipe.unet.modules() if hasattr(m, "enabled")]
+    def generate(pipe, scenes, **options):
+        assert not any(switches(pipe)) and options == {"batch": 66, "video_length": 1, "eta": 1}
+        return [Video(replace(s, shape=changed.get(s.shape, s.shape), motion="standing still").render(1), caption=s.caption) for s in scenes]
+    monkeypatch.setattr(levers, "generate", generate)
+    nano = AnimationPipeline.from_pretrained("nano")
+    assert levers.wrong_shapes(nano, 26, eta=1) == wrong and all(switches(nano)) and switches(nano)
