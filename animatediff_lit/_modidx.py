@@ -1298,6 +1298,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'animatediff_lit/training.py'),
                                           'animatediff_lit.training.loss_figure': ( 'training.html#loss_figure',
                                                                                     'animatediff_lit/training.py'),
+                                          'animatediff_lit.training.loudness': ('training.html#loudness', 'animatediff_lit/training.py'),
                                           'animatediff_lit.training.main': ('training.html#main', 'animatediff_lit/training.py'),
                                           'animatediff_lit.training.my_part': ('training.html#my_part', 'animatediff_lit/training.py'),
                                           'animatediff_lit.training.nano_schedule': ( 'training.html#nano_schedule',

@@ -29,7 +29,7 @@ from .evaluation import VIDEO_ENCODER, NanoCLIP, VideoEncoder, caption_ids, grid
 from .latents import encode_text, encode_video, nano_autoencoder, nano_text_encoder, word_tokenizer, world_words
 from .pipeline import NANO, AnimationPipeline
 from .unet import UNet3DConditionModel
-from .video import Scene, VideoFolder, caption_variant, contact_sheet, draw_scenes, png, reverse_motion, write_whole
+from .video import BACKGROUNDS, COLOURS, Scene, VideoFolder, caption_variant, contact_sheet, draw_scenes, png, reverse_motion, write_whole
 
 # %% auto #0
 __all__ = ['DECODER_NOISE', 'CAPTION_MIX', 'STILLS_BIAS', 'CLIPS_BIAS', 'NANO_RECIPES', 'STYLES_FOLDER', 'step_generator',
@@ -39,7 +39,7 @@ __all__ = ['DECODER_NOISE', 'CAPTION_MIX', 'STILLS_BIAS', 'CLIPS_BIAS', 'NANO_RE
            'LatentClips', 'embed_captions', 'encode_clips', 'nano_scheduler', 'nano_schedule', 'denoising_loss',
            'train_denoiser', 'train_images', 'train_motion', 'scene_latents', 'reversal_probe', 'tokenizer_for',
            'train_encoders', 'loss_figure', 'watcher', 'film_clips', 'save_nano', 'training_scenes', 'train_nano',
-           'processes', 'main', 'encode_scenes', 'train_style', 'save_delta', 'add_delta', 'StyledUNet']
+           'processes', 'main', 'encode_scenes', 'train_style', 'save_delta', 'add_delta', 'StyledUNet', 'loudness']
 
 # %% ../nbs/10_training.ipynb #0d4b1a48
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -567,3 +567,12 @@ class StyledUNet(UNet3DConditionModel):
 
 # %% ../nbs/10_training.ipynb #30cd714c
 if __name__ == "__main__" and "__file__" in globals(): main()          # a notebook is __main__ as well, but no file
+
+# %% ../nbs/10_training.ipynb #c0a1e7c3
+def loudness(pipe: AnimationPipeline, n: int = 12) -> dict[str, dict[str, float]]:
+    "By background and colour, how much an object changes the latents of `n` clips: squared, summed over channels, mean over places."
+    def loud(colour: str, background: str) -> float:
+        empty = torch.tensor(BACKGROUNDS[background], dtype=torch.uint8).expand(1, 1, 32, 32, 3)
+        clips = scene_latents(pipe, [replace(s, colour=colour, background=background) for s in draw_scenes(n, seed=8)])
+        return (clips - encode_video(pipe.vae, to_model(empty).transpose(1, 2))).square().sum(1).mean().item()
+    return {background: {colour: loud(colour, background) for colour in COLOURS} for background in BACKGROUNDS}

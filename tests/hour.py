@@ -17,8 +17,9 @@ from measure import ROOT
 
 sys.path.insert(0, str(ROOT))
 from animatediff_lit.benchmark import machine
-from animatediff_lit.levers import wrong_shapes
+from animatediff_lit.levers import latents_of, wrong_shapes
 from animatediff_lit.pipeline import NANO, AnimationPipeline
+from animatediff_lit.training import loudness
 from animatediff_lit.video import write_whole
 
 COMMAND = "-m torch.distributed.run --standalone --nproc-per-node 2 -m animatediff_lit.training --out"
@@ -40,6 +41,11 @@ def stills(folder: str | Path, options: dict) -> dict[str, int]:
     return wrong_shapes(AnimationPipeline.from_pretrained(folder), **options)
 
 
+def latents(folder: str | Path) -> dict:
+    pipe = AnimationPipeline.from_pretrained(folder)
+    return latents_of(pipe) | {"loudness": loudness(pipe)}
+
+
 def record(out: Path) -> dict:
     "Trains and judges; the `whole` run of hour.json."
     seconds = python(*COMMAND.split(), out / "nano")
@@ -48,7 +54,8 @@ def record(out: Path) -> dict:
     judged = json.loads((out / "evaluation" / "evaluation.json").read_text())
     parts = {name: {key: rows[-1][key] for key in ("step", "seconds")} for name, rows in log["history"].items()}
     return {"command": f"python {COMMAND}", "machine": machine("cpu", 1, "wall"), "seconds": seconds, "parts": parts, "recipes": log["recipes"],
-            "options": judged["options"], "summary": judged["summary"]["model"], "wrong": mistakes(judged["rows"]), "stills": stills(out / "nano", judged["options"])}
+            "options": judged["options"], "summary": judged["summary"]["model"], "wrong": mistakes(judged["rows"]), "stills": stills(out / "nano", judged["options"]),
+            "latents": latents(out / "nano")}
 
 
 if __name__ == "__main__":
