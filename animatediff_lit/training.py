@@ -565,14 +565,15 @@ class StyledUNet(UNet3DConditionModel):
         if torch.as_tensor(timestep).max() < self.below: return self.styled(sample, timestep, *args, **options)
         return super().forward(sample, timestep, *args, **options)
 
-# %% ../nbs/10_training.ipynb #30cd714c
-if __name__ == "__main__" and "__file__" in globals(): main()          # a notebook is __main__ as well, but no file
-
 # %% ../nbs/10_training.ipynb #c0a1e7c3
 def loudness(pipe: AnimationPipeline, n: int = 12) -> dict[str, dict[str, float]]:
     "By background and colour, how much an object changes the latents of `n` clips: squared, summed over channels, mean over places."
-    def loud(colour: str, background: str) -> float:
-        empty = torch.tensor(BACKGROUNDS[background], dtype=torch.uint8).expand(1, 1, 32, 32, 3)
-        clips = scene_latents(pipe, [replace(s, colour=colour, background=background) for s in draw_scenes(n, seed=8)])
-        return (clips - encode_video(pipe.vae, to_model(empty).transpose(1, 2))).square().sum(1).mean().item()
-    return {background: {colour: loud(colour, background) for colour in COLOURS} for background in BACKGROUNDS}
+    scenes, found = draw_scenes(n, seed=8), {}
+    for background, colour in BACKGROUNDS.items():
+        empty = encode_video(pipe.vae, to_model(torch.tensor(colour, dtype=torch.uint8).expand(1, 1, 32, 32, 3)).transpose(1, 2))
+        clips = {c: scene_latents(pipe, [replace(s, colour=c, background=background) for s in scenes]) for c in COLOURS}
+        found[background] = {c: (latents - empty).square().sum(1).mean().item() for c, latents in clips.items()}
+    return found
+
+# %% ../nbs/10_training.ipynb #30cd714c
+if __name__ == "__main__" and "__file__" in globals(): main()          # a notebook is __main__ as well, but no file

@@ -36,14 +36,11 @@ def mistakes(rows: list[dict]) -> list[dict[str, str]]:
     return [{key: row[key] for key in ("asked", "read")} for row in rows if not row["all three"]]
 
 
-def stills(folder: str | Path, options: dict) -> dict[str, int]:
+def looked_into(folder: str | Path, options: dict) -> dict[str, dict]:
+    "The image model alone, and the latents, of a pipeline's folder."
     torch.set_num_threads(1)
-    return wrong_shapes(AnimationPipeline.from_pretrained(folder), **options)
-
-
-def latents(folder: str | Path) -> dict:
     pipe = AnimationPipeline.from_pretrained(folder)
-    return latents_of(pipe) | {"loudness": loudness(pipe)}
+    return {"stills": wrong_shapes(pipe, **options), "latents": latents_of(pipe) | {"loudness": loudness(pipe)}}
 
 
 def record(out: Path) -> dict:
@@ -54,8 +51,7 @@ def record(out: Path) -> dict:
     judged = json.loads((out / "evaluation" / "evaluation.json").read_text())
     parts = {name: {key: rows[-1][key] for key in ("step", "seconds")} for name, rows in log["history"].items()}
     return {"command": f"python {COMMAND}", "machine": machine("cpu", 1, "wall"), "seconds": seconds, "parts": parts, "recipes": log["recipes"],
-            "options": judged["options"], "summary": judged["summary"]["model"], "wrong": mistakes(judged["rows"]), "stills": stills(out / "nano", judged["options"]),
-            "latents": latents(out / "nano")}
+            "options": judged["options"], "summary": judged["summary"]["model"], "wrong": mistakes(judged["rows"])} | looked_into(out / "nano", judged["options"])
 
 
 if __name__ == "__main__":
@@ -66,4 +62,4 @@ if __name__ == "__main__":
     file, new = NANO.parent / "hour.json", record(out)
     old = json.loads(file.read_text())
     before = old["whole"] | {"name": f"the hour of {old['whole']['machine']['date']}"}
-    write_whole(file, (json.dumps({"whole": new, "earlier": [*old["earlier"], before], "shipped": {"stills": stills("nano", new["options"])}}, indent=1) + "\n").encode())
+    write_whole(file, (json.dumps({"whole": new, "earlier": [*old["earlier"], before], "shipped": looked_into("nano", new["options"])}, indent=1) + "\n").encode())
