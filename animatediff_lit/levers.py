@@ -6,7 +6,10 @@
 from __future__ import annotations
 import argparse
 import json
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -28,10 +31,10 @@ from .unet import UNet3DConditionModel
 from .video import Scene, draw_scenes, pixels_of, separate, solid, track, write_whole
 
 # %% auto #0
-__all__ = ['WEIGHTS', 'IMAGES', 'MOTION', 'LEVERS', 'RECORD', 'STILLS', 'Move', 'moves', 'way_gone', 'Lever', 'weights_of',
-           'give_context', 'schedule_for', 'base_for', 'judged', 'train_lever', 'run_levers', 'lever_table',
-           'latents_of', 'wrong_shapes', 'train_stills', 'noisy_decoder', 'last_steps', 'draw_both', 'made_latents',
-           'train_on_made', 'training_pass', 'paces', 'main']
+__all__ = ['WEIGHTS', 'IMAGES', 'MOTION', 'LEVERS', 'RECORD', 'STILLS', 'HUGE_PAGES', 'Move', 'moves', 'way_gone', 'Lever',
+           'weights_of', 'give_context', 'schedule_for', 'base_for', 'judged', 'train_lever', 'run_levers',
+           'lever_table', 'latents_of', 'wrong_shapes', 'train_stills', 'noisy_decoder', 'last_steps', 'draw_both',
+           'made_latents', 'train_on_made', 'training_pass', 'seconds_of', 'paces', 'huge_page_shares', 'main']
 
 # %% ../nbs/10b_levers.ipynb #ad9c4023
 @dataclass(frozen=True)
@@ -273,22 +276,35 @@ def training_pass(stage: str, way: str = "plain") -> Callable[[], None]:
     return step
 
 # %% ../nbs/10b_levers.ipynb #d1f3c87b
+def seconds_of(step: Callable[[], None], n: int) -> float:
+    "Seconds of a call of `step`, the mean of `n`."
+    start = time.perf_counter()
+    for _ in range(n): step()
+    return (time.perf_counter() - start) / n
+
 def paces(rounds: int = 5, ways: Sequence[str] = ("plain", "two threads", "bf16", "channels-last", "compiled"), passes: int = 3) -> dict[str, dict[str, Any]]:
     "For each stage and way the seconds of the first pass, and those of the later ones as a share of the plain way's, in turns: median, least and most."
-    def seconds(step: Callable, n: int) -> float:
-        start = time.perf_counter()
-        for _ in range(n): step()
-        return (time.perf_counter() - start) / n
     found: dict[str, dict[str, Any]] = {}
     threads = torch.get_num_threads()
     for stage in ("images", "motion"):
         steps = {way: training_pass(stage, way) for way in ways}
-        first = {way: seconds(step, 1) for way, step in steps.items()}
-        turns = [{way: seconds(step, passes) for way, step in steps.items()} for _ in range(rounds)]
+        first = {way: seconds_of(step, 1) for way, step in steps.items()}
+        turns = [{way: seconds_of(step, passes) for way, step in steps.items()} for _ in range(rounds)]
         shares = {way: sorted(turn[way] / turn["plain"] for turn in turns) for way in ways}
         found[stage] = {way: {"first": first[way], "share": [statistics.median(v), v[0], v[-1]]} for way, v in shares.items()}
     torch.set_num_threads(threads)
     return found
+
+# %% ../nbs/10b_levers.ipynb #b16fa6e1
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+
+def huge_page_shares(stages: Sequence[str] = ("images", "motion"), rounds: int = 5, passes: int = 6) -> dict[str, list[float]]:
+    "For each stage the seconds of a plain `training_pass` in a process with `HUGE_PAGES`, as a share of those in one without, in turns: median, least and most."
+    def seconds(stage: str, **more: str) -> float:
+        code = f"from animatediff_lit.levers import *; step = training_pass({stage!r}); step(); print(seconds_of(step, {passes}))"
+        return float(subprocess.run([sys.executable, "-c", code], env=os.environ | more, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    shares = {stage: sorted(seconds(stage, **HUGE_PAGES) / seconds(stage) for _ in range(rounds)) for stage in stages}
+    return {stage: [statistics.median(v), v[0], v[-1]] for stage, v in shares.items()}
 
 # %% ../nbs/10b_levers.ipynb #1748be04
 def main(argv: Sequence[str] | None = None) -> None:
@@ -303,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.seeds < 1: parser.error("--seeds must be at least 1.")
     record, file = {"levers": run_levers(args.out, args.only, args.seeds)}, Path(args.out) / RECORD.name
     old = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    write_whole(file, json.dumps(old | record | ({"paces": paces()} if args.paces else {})).encode())
+    write_whole(file, json.dumps(old | record | ({"paces": paces(), "huge pages": huge_page_shares()} if args.paces else {})).encode())
     print(lever_table(record["levers"]) + f"\nWritten: {file}")
 
 # %% ../nbs/10b_levers.ipynb #30cd714c

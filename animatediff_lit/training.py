@@ -32,9 +32,9 @@ from .unet import UNet3DConditionModel
 from .video import BACKGROUNDS, COLOURS, Scene, VideoFolder, caption_variant, contact_sheet, draw_scenes, png, reverse_motion, write_whole
 
 # %% auto #0
-__all__ = ['DECODER_NOISE', 'CAPTION_MIX', 'STILLS_BIAS', 'CLIPS_BIAS', 'NANO_RECIPES', 'STYLES_FOLDER', 'step_generator',
-           'Recipe', 'learning_rate', 'save_checkpoint', 'load_checkpoint', 'my_part', 'orthogonal', 'Muon',
-           'optimizers', 'Run', 'fit', 'reconstruction_loss', 'autoencoder_loss', 'render_clips', 'draw_frames',
+__all__ = ['DECODER_NOISE', 'CAPTION_MIX', 'STILLS_BIAS', 'CLIPS_BIAS', 'FAINT', 'NANO_RECIPES', 'STYLES_FOLDER',
+           'step_generator', 'Recipe', 'learning_rate', 'save_checkpoint', 'load_checkpoint', 'my_part', 'orthogonal',
+           'Muon', 'optimizers', 'Run', 'fit', 'reconstruction_loss', 'autoencoder_loss', 'render_clips', 'draw_frames',
            'draw_noisy', 'decoder_loss', 'train_decoder', 'contrastive_loss', 'captions_of', 'draw_pairs',
            'LatentClips', 'embed_captions', 'encode_clips', 'nano_scheduler', 'nano_schedule', 'denoising_loss',
            'train_denoiser', 'train_images', 'train_motion', 'scene_latents', 'reversal_probe', 'tokenizer_for',
@@ -347,25 +347,31 @@ def nano_schedule() -> NoiseSchedule:
 
 # %% ../nbs/10_training.ipynb #afd43765
 def denoising_loss(unet: nn.Module, clean: Tensor, noise: Tensor, t: Tensor, text: Tensor, schedule: NoiseSchedule,
-                   weights: Tensor | None = None) -> tuple[Tensor, dict[str, float]]:
-    "Mean squared error of the prediction, and the same for each quarter of the timesteps; `weights`: one for each timestep."
+                   weights: Tensor | None = None, faint: float | Tensor = 0.0) -> tuple[Tensor, dict[str, float]]:
+    """Mean squared error of the prediction, and the same for each quarter of the timesteps.
+
+    `weights`: one for each timestep. `faint`: each clip's error is divided by the variance of its latents (0.01 or more) to this power.
+    """
     prediction = unet(schedule.add_noise(clean, noise, t), t, text)
     error = (prediction - schedule.target(clean, noise, t)).square().mean((1, 2, 3, 4))
     if weights is not None: error = error * weights.to(error)[t]
+    error = error / clean.var((2, 3, 4), correction=0).mean(1).clamp(min=0.01) ** faint
     quarters = {f"t{q}": error[t * 4 // len(schedule) == q].mean().item() for q in range(4)}
     return error.mean(), quarters
 
 # %% ../nbs/10_training.ipynb #7b677068
+FAINT = 0.5
+
 def train_denoiser(unet: nn.Module, draw: Callable, recipe: Recipe, schedule: NoiseSchedule | None = None,
-                   weights: Tensor | None = None, **options: Any) -> list[dict[str, float]]:
+                   weights: Tensor | None = None, faint: float = 0.0, **options: Any) -> list[dict[str, float]]:
     "`fit` with the loss of both stages, with nano's schedule if no other is given: trains what is not frozen."
-    given: dict[str, Any] = dict(schedule=schedule or nano_schedule(), weights=weights)
+    given: dict[str, Any] = dict(schedule=schedule or nano_schedule(), weights=weights, faint=faint)
     return fit(unet, draw, lambda m, **x: denoising_loss(m, **x, **given), recipe, **options)
 
 def train_images(unet: UNet3DConditionModel, data: LatentClips, recipe: Recipe, **options: Any) -> list[dict[str, float]]:
     "Stage 1: the spatial layers learn from stills; the motion modules are switched off and stay as they are."
     unet.set_motion(False).set_frozen("motion")
-    history = train_denoiser(unet, data.draw_stills, recipe, label="stage 1: images", **options)
+    history = train_denoiser(unet, data.draw_stills, recipe, faint=FAINT, label="stage 1: images", **options)
     unet.set_motion(True).set_frozen(None)
     return history
 
@@ -373,7 +379,7 @@ def train_images(unet: UNet3DConditionModel, data: LatentClips, recipe: Recipe, 
 def train_motion(unet: UNet3DConditionModel, data: LatentClips, recipe: Recipe, **options: Any) -> list[dict[str, float]]:
     "Stage 2: the motion modules learn from clips; everything else is frozen and does not change by a bit."
     unet.set_motion(True).set_frozen("spatial")
-    history = train_denoiser(unet, data.draw_clips, recipe, label="stage 2: motion", **options)
+    history = train_denoiser(unet, data.draw_clips, recipe, faint=FAINT, label="stage 2: motion", **options)
     unet.set_frozen(None)
     return history
 
@@ -400,7 +406,7 @@ NANO_RECIPES = {
     "text": Recipe(steps=1800, batch=128, lr=3e-3, ema=0.995, seed=2, muon=True),
     "decoder": Recipe(steps=600, batch=32, lr=1e-3, warmup=50, ema=0.995, seed=8),
     "images": Recipe(steps=4500, batch=64, lr=4e-3, seed=4, muon=True),
-    "motion": Recipe(steps=5200, batch=8, lr=8e-3, seed=5, muon=True)}
+    "motion": Recipe(steps=4400, batch=8, lr=8e-3, seed=5, muon=True)}
 
 # %% ../nbs/10_training.ipynb #d6aff008
 def tokenizer_for(captions: Sequence[Sequence[str]]) -> Any:

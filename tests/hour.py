@@ -17,7 +17,7 @@ from measure import ROOT
 
 sys.path.insert(0, str(ROOT))
 from animatediff_lit.benchmark import machine
-from animatediff_lit.levers import latents_of, wrong_shapes
+from animatediff_lit.levers import HUGE_PAGES, latents_of, wrong_shapes
 from animatediff_lit.pipeline import NANO, AnimationPipeline
 from animatediff_lit.training import loudness
 from animatediff_lit.video import write_whole
@@ -28,7 +28,7 @@ COMMAND = "-m torch.distributed.run --standalone --nproc-per-node 2 -m animatedi
 def python(*words: str | Path) -> float:
     "Runs Python with these words; the seconds it took."
     start = time.perf_counter()
-    subprocess.run([sys.executable, *map(str, words)], check=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    subprocess.run([sys.executable, *map(str, words)], check=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | HUGE_PAGES)
     return time.perf_counter() - start
 
 

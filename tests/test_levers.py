@@ -66,9 +66,10 @@ def test_what_is_finished_is_not_done_again(tmp_path, monkeypatch):
 def test_the_command_line_keeps_the_paces_of_an_earlier_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(levers, "run_levers", lambda *args: {})
     monkeypatch.setattr(levers, "paces", lambda: {"images": 1})
+    monkeypatch.setattr(levers, "huge_page_shares", lambda: {"images": 2})
     main(["--out", str(tmp_path), "--paces"])
     main(["--out", str(tmp_path)])
-    assert json.loads((tmp_path / RECORD.name).read_text()) == {"levers": {}, "paces": {"images": 1}}
+    assert json.loads((tmp_path / RECORD.name).read_text()) == {"levers": {}, "paces": {"images": 1}, "huge pages": {"images": 2}}
     for wrong in (["--seeds", "0"], ["--only", "more data"]):
         with pytest.raises(SystemExit): main(["--out", str(tmp_path), *wrong])
     assert "more data" in capsys.readouterr().err
@@ -84,7 +85,7 @@ def test_a_pace_is_a_share_of_the_plain_one():
 def test_the_record_holds_every_lever():
     record = json.loads(RECORD.read_text())
     parts = [record[part] for part in ("levers", "timesteps", "muon")]
-    assert list(parts[0] | parts[1] | parts[2]) == list(LEVERS) and set(record["paces"]) == {"images", "motion"}
+    assert list(parts[0] | parts[1] | parts[2]) == list(LEVERS) and set(record["paces"]) == set(record["huge pages"]) == {"images", "motion"}
     assert all(run["n"] == 330 and run["history"][-1]["step"] == run["recipe"]["steps"] == 2000 for run in record["stills"])
     for name, runs in (item for part in parts for item in part.items()):
         for run in runs: assert Lever(**run["lever"]) == LEVERS[name] and len(run["gone"]) == len(run["motion"]) == len(record["levers"]["as nano"][0]["gone"])
