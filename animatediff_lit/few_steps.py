@@ -103,7 +103,7 @@ def distil(student: nn.Module, data: LatentClips, blank: Tensor, recipe: Recipe,
 # %% ../nbs/17c_few_steps.ipynb #6d65048c
 FOUR_STEPS = NANO.parent / "few_steps" / "four_steps.safetensors"
 RECORD = FOUR_STEPS.with_suffix(".json").name
-RECIPE = Recipe(steps=1000, batch=8, lr=2e-3, warmup=50, ema=0.99, save_every=50, log_every=50, seed=7, muon=True)
+RECIPE = Recipe(steps=1500, batch=8, lr=2e-3, warmup=50, ema=0.99, save_every=50, log_every=50, seed=7, muon=True)
 GUIDANCE = 3.0
 
 # %% ../nbs/17c_few_steps.ipynb #4b261973
