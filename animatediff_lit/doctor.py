@@ -183,7 +183,7 @@ def check_writing(folder: Path) -> str:
     except OSError as error: raise type(error)(f"{folder} cannot be written to ({error.strerror}): change to a folder of your own.") from None
     return f"files can be made in {folder}"
 
-NEEDED_MB = 2500                                                                # well above the hungriest chapter; a test compares
+NEEDED_MB = 2800                                                                # well above the hungriest chapter; a test compares
 
 def check_memory() -> str:
     "Whether enough memory is free."
