@@ -1324,6 +1324,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'animatediff_lit.training.save_delta': ( 'training.html#save_delta',
                                                                                    'animatediff_lit/training.py'),
                                           'animatediff_lit.training.save_nano': ('training.html#save_nano', 'animatediff_lit/training.py'),
+                                          'animatediff_lit.training.scale_latents': ( 'training.html#scale_latents',
+                                                                                      'animatediff_lit/training.py'),
                                           'animatediff_lit.training.scene_latents': ( 'training.html#scene_latents',
                                                                                       'animatediff_lit/training.py'),
                                           'animatediff_lit.training.step_generator': ( 'training.html#step_generator',

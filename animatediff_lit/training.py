@@ -35,11 +35,12 @@ from .video import BACKGROUNDS, COLOURS, Scene, VideoFolder, caption_variant, co
 __all__ = ['DECODER_NOISE', 'CAPTION_MIX', 'STILLS_BIAS', 'CLIPS_BIAS', 'FAINT', 'NANO_RECIPES', 'STYLES_FOLDER',
            'step_generator', 'Recipe', 'learning_rate', 'save_checkpoint', 'load_checkpoint', 'my_part', 'orthogonal',
            'Muon', 'optimizers', 'Run', 'fit', 'reconstruction_loss', 'autoencoder_loss', 'render_clips', 'draw_frames',
-           'draw_noisy', 'decoder_loss', 'train_decoder', 'contrastive_loss', 'captions_of', 'draw_pairs',
-           'LatentClips', 'embed_captions', 'encode_clips', 'nano_scheduler', 'nano_schedule', 'denoising_loss',
-           'train_denoiser', 'train_images', 'train_motion', 'scene_latents', 'reversal_probe', 'tokenizer_for',
-           'train_encoders', 'loss_figure', 'watcher', 'film_clips', 'save_nano', 'training_scenes', 'train_nano',
-           'processes', 'main', 'encode_scenes', 'train_style', 'save_delta', 'add_delta', 'StyledUNet', 'loudness']
+           'draw_noisy', 'scale_latents', 'decoder_loss', 'train_decoder', 'contrastive_loss', 'captions_of',
+           'draw_pairs', 'LatentClips', 'embed_captions', 'encode_clips', 'nano_scheduler', 'nano_schedule',
+           'denoising_loss', 'train_denoiser', 'train_images', 'train_motion', 'scene_latents', 'reversal_probe',
+           'tokenizer_for', 'train_encoders', 'loss_figure', 'watcher', 'film_clips', 'save_nano', 'training_scenes',
+           'train_nano', 'processes', 'main', 'encode_scenes', 'train_style', 'save_delta', 'add_delta', 'StyledUNet',
+           'loudness']
 
 # %% ../nbs/10_training.ipynb #0d4b1a48
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -104,10 +105,12 @@ def orthogonal(x: Tensor, steps: int = 5) -> Tensor:
     """
     if x.shape[-2] > x.shape[-1]: return orthogonal(x.mT, steps).mT
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    one = product = torch.eye(x.shape[-2]).to(x)
+    square = x @ x.mT
     for _ in range(steps):
-        square = x @ x.mT
-        x = 3.4445 * x + (2.0315 * square @ square - 4.775 * square) @ x
-    return x
+        factor = 3.4445 * one - 4.775 * square + 2.0315 * square @ square
+        square, product = factor @ square @ factor, factor @ product
+    return product @ x
 
 # %% ../nbs/10_training.ipynb #ec5c933c
 class Muon(torch.optim.Optimizer):
@@ -138,7 +141,7 @@ def optimizers(weights: Sequence[Tensor], recipe: Recipe) -> tuple[torch.optim.O
     "AdamW, and with `recipe.muon` a `Muon` for all weights that are matrices."
     matrices = [p for p in weights if recipe.muon and p.ndim > 1]
     others = [p for p in weights if not recipe.muon or p.ndim <= 1]
-    return (torch.optim.AdamW([{"params": others}], recipe.lr, betas=(0.9, 0.99), eps=1e-6, weight_decay=recipe.weight_decay),
+    return (torch.optim.AdamW([{"params": others}], recipe.lr, betas=(0.9, 0.99), eps=1e-6, weight_decay=recipe.weight_decay, fused=True),
             Muon([{"params": matrices}], recipe.lr, weight_decay=recipe.weight_decay))
 
 # %% ../nbs/10_training.ipynb #c38e5783
@@ -256,12 +259,16 @@ def draw_noisy(clips: Tensor, noise: float = DECODER_NOISE) -> Callable[[torch.G
     return noisy
 
 # %% ../nbs/10_training.ipynb #3790a038
+def scale_latents(vae: Any, clips: Tensor) -> None:
+    "Set the scaling factor of `vae` so that the latents of uint8 `clips (n, frames, h, w, 3)` have a standard deviation of 1."
+    spread = encode_video(vae, to_model(clips).transpose(1, 2)).std().item()
+    vae.register_to_config(scaling_factor=vae.config.scaling_factor / spread)
+
 def decoder_loss(vae: Any, decoder: nn.Module, frames: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, float]]:
-    "What `decoder`, that of `vae`, makes of the latents of uint8 `frames (b, h, w, 3)` and `noise` in units of their spread."
+    "What `decoder`, that of `vae`, makes of the latents of uint8 `frames (b, h, w, 3)` and `noise`, in units of their spread, which the scaling factor tells."
     clean = to_model(frames)
     with torch.no_grad():
-        latents = vae.encode(clean).latent_dist.mean
-        latents = vae.post_quant_conv(latents + latents.std() * noise)
+        latents = vae.post_quant_conv(vae.encode(clean).latent_dist.mean + noise / vae.config.scaling_factor)
     return reconstruction_loss(decoder(latents), clean)
 
 def train_decoder(vae: Any, clips: Tensor, recipe: Recipe, noise: float = DECODER_NOISE, **options: Any) -> list[dict[str, float]]:
@@ -406,7 +413,7 @@ NANO_RECIPES = {
     "text": Recipe(steps=1800, batch=128, lr=3e-3, ema=0.995, seed=2, muon=True),
     "decoder": Recipe(steps=600, batch=32, lr=1e-3, warmup=50, ema=0.995, seed=8),
     "images": Recipe(steps=4500, batch=64, lr=4e-3, seed=4, muon=True),
-    "motion": Recipe(steps=4400, batch=8, lr=8e-3, seed=5, muon=True)}
+    "motion": Recipe(steps=4000, batch=8, lr=8e-3, seed=5, muon=True, watch_every=2000)}
 
 # %% ../nbs/10_training.ipynb #d6aff008
 def tokenizer_for(captions: Sequence[Sequence[str]]) -> Any:
@@ -424,17 +431,15 @@ def train_encoders(runs: Path, captions: Sequence[Sequence[str]], clips: Tensor,
     processes, me = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
     vae, clip = nano_autoencoder().to(device), NanoCLIP(nano_text_encoder(tokenizer), VideoEncoder()).to(device)
     options: dict[str, Any] = {n: dict(recipe=r, checkpoint=runs / f"{n}.ckpt", label=n) for n, r in recipes.items()}
-    def share(*jobs: Callable[[], Any]) -> None:
-        for mine in (True, False):                                     # each process its own, and then those that others wrote
-            for i, job in enumerate(jobs):
-                if (i % processes == me) == mine: job()
-            if mine and accelerator: accelerator.wait_for_everyone()
-    share(lambda: fit(vae, draw_frames(clips), autoencoder_loss, **options["autoencoder"]),
-          lambda: fit(clip, draw_pairs(captions, clips, tokenizer), contrastive_loss, **options["text"]))
-    share(lambda: train_decoder(vae, clips, **options["decoder"]))
+    jobs = (lambda: fit(vae, draw_frames(clips), autoencoder_loss, **options["autoencoder"]),
+            lambda: fit(clip, draw_pairs(captions, clips, tokenizer), contrastive_loss, **options["text"]))
+    for mine in (True, False):                                         # each process its own, and then those that others wrote
+        for i, job in enumerate(jobs):
+            if (i % processes == me) == mine: job()
+        if mine and accelerator: accelerator.wait_for_everyone()
+    scale_latents(vae, clips[:256])
+    train_decoder(vae, clips, accelerator=accelerator, **options["decoder"])
     for model in (vae, clip): model.eval().requires_grad_(False)
-    spread = encode_video(vae, to_model(clips[:256]).transpose(1, 2)).std().item()
-    vae.register_to_config(scaling_factor=vae.config.scaling_factor / spread)
     return vae, clip, tokenizer
 
 # %% ../nbs/10_training.ipynb #40f4abf7
