@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
@@ -334,9 +335,13 @@ def embed_captions(text_encoder: nn.Module, tokenizer: Any, captions: Sequence[s
     "Text embeddings `(n, tokens, dim)`."
     return torch.cat([encode_text(tokenizer, text_encoder, captions[i:i + 256]) for i in range(0, len(captions), 256)])
 
-def encode_clips(captions: Sequence[Sequence[str]], clips: Tensor, vae: nn.Module, text_encoder: nn.Module, tokenizer: Any) -> LatentClips:
-    "Run both frozen encoders over everything, once."
-    latents = torch.cat([encode_video(vae, to_model(part).transpose(1, 2)).half() for part in tqdm(clips.split(8), desc="encoding", disable="IN_TEST" in os.environ)])
+def encode_clips(captions: Sequence[Sequence[str]], clips: Tensor, vae: nn.Module, text_encoder: nn.Module, tokenizer: Any,
+                 accelerator: Any = None) -> LatentClips:
+    "Run both frozen encoders over everything, once; each process takes its share of the clips, and all get all."
+    n, i = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
+    mine = clips.tensor_split(n)[i].split(8)
+    latents = torch.cat([encode_video(vae, to_model(part).transpose(1, 2)).half() for part in tqdm(mine, desc="encoding", disable=i > 0 or "IN_TEST" in os.environ)])
+    if accelerator: latents = torch.cat(gather_object([latents]))
     rows = [(*forms, "") for forms in captions]
     number = {caption: i for i, caption in enumerate(sorted({c for row in rows for c in row}))}
     return LatentClips(latents, torch.tensor([[number[c] for c in row] for row in rows]), embed_captions(text_encoder, tokenizer, list(number)))
@@ -506,7 +511,7 @@ def train_nano(folder: str | Path, recipes: Mapping[str, Recipe] | None = None, 
     pipe = AnimationPipeline(UNet3DConditionModel.from_preset("nano").to(device), vae, clip.text, tokenizer, nano_scheduler())
     judged = grid(11) if scenes else []
     prompts = [s.caption for s in judged] or [forms[0] for forms in captions[:11]]
-    data = encode_clips(captions, frames, vae, clip.text, tokenizer)
+    data = encode_clips(captions, frames, vae, clip.text, tokenizer, accelerator)
     for name, stage in (("images", train_images), ("motion", train_motion)):
         stage(pipe.unet, data, recipes[name], checkpoint=runs / f"{name}.ckpt", accelerator=accelerator, watch=watcher(pipe, runs, name, prompts, judged))
     if accelerator is None or accelerator.is_main_process: save_nano(folder, pipe, clip, recipes, runs)
