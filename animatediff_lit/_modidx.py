@@ -1312,6 +1312,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'animatediff_lit/training.py'),
                                           'animatediff_lit.training.orthogonal': ( 'training.html#orthogonal',
                                                                                    'animatediff_lit/training.py'),
+                                          'animatediff_lit.training.place': ('training.html#place', 'animatediff_lit/training.py'),
                                           'animatediff_lit.training.processes': ('training.html#processes', 'animatediff_lit/training.py'),
                                           'animatediff_lit.training.reconstruction_loss': ( 'training.html#reconstruction_loss',
                                                                                             'animatediff_lit/training.py'),

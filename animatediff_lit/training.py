@@ -34,14 +34,14 @@ from .video import BACKGROUNDS, COLOURS, Scene, VideoFolder, caption_variant, co
 
 # %% auto #0
 __all__ = ['DECODER_NOISE', 'CAPTION_MIX', 'STILLS_BIAS', 'CLIPS_BIAS', 'FAINT', 'NANO_RECIPES', 'STYLES_FOLDER',
-           'step_generator', 'Recipe', 'learning_rate', 'save_checkpoint', 'load_checkpoint', 'my_part', 'orthogonal',
-           'Muon', 'optimizers', 'Run', 'fit', 'reconstruction_loss', 'autoencoder_loss', 'render_clips', 'draw_frames',
-           'draw_noisy', 'scale_latents', 'decoder_loss', 'train_decoder', 'contrastive_loss', 'captions_of',
-           'draw_pairs', 'LatentClips', 'embed_captions', 'encode_clips', 'nano_scheduler', 'nano_schedule',
-           'denoising_loss', 'train_denoiser', 'train_images', 'train_motion', 'scene_latents', 'reversal_probe',
-           'tokenizer_for', 'train_encoders', 'loss_figure', 'watcher', 'film_clips', 'save_nano', 'training_scenes',
-           'train_nano', 'processes', 'main', 'encode_scenes', 'train_style', 'save_delta', 'add_delta', 'StyledUNet',
-           'loudness']
+           'step_generator', 'Recipe', 'learning_rate', 'save_checkpoint', 'load_checkpoint', 'place', 'my_part',
+           'orthogonal', 'Muon', 'optimizers', 'Run', 'fit', 'reconstruction_loss', 'autoencoder_loss', 'render_clips',
+           'draw_frames', 'draw_noisy', 'scale_latents', 'decoder_loss', 'train_decoder', 'contrastive_loss',
+           'captions_of', 'draw_pairs', 'LatentClips', 'embed_captions', 'encode_clips', 'nano_scheduler',
+           'nano_schedule', 'denoising_loss', 'train_denoiser', 'train_images', 'train_motion', 'scene_latents',
+           'reversal_probe', 'tokenizer_for', 'train_encoders', 'loss_figure', 'watcher', 'film_clips', 'save_nano',
+           'training_scenes', 'train_nano', 'processes', 'main', 'encode_scenes', 'train_style', 'save_delta',
+           'add_delta', 'StyledUNet', 'loudness']
 
 # %% ../nbs/10_training.ipynb #0d4b1a48
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -92,9 +92,13 @@ def load_checkpoint(path: str | Path, trainable: Mapping[str, Tensor]) -> dict[s
     return state
 
 # %% ../nbs/10_training.ipynb #06177343
+def place(accelerator: Any = None) -> tuple[int, int]:
+    "How many processes there are, and which of them this one is."
+    return (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
+
 def my_part(batch: int, accelerator: Any = None) -> slice:
     "The rows of the global batch that this process computes."
-    n, i = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
+    n, i = place(accelerator)
     if batch % n: raise ValueError(f"A batch of {batch} does not divide among {n} processes: choose a multiple of {n}.")
     return slice(i * batch // n, (i + 1) * batch // n)
 
@@ -338,10 +342,10 @@ def embed_captions(text_encoder: nn.Module, tokenizer: Any, captions: Sequence[s
 def encode_clips(captions: Sequence[Sequence[str]], clips: Tensor, vae: nn.Module, text_encoder: nn.Module, tokenizer: Any,
                  accelerator: Any = None) -> LatentClips:
     "Run both frozen encoders over everything, once; each process takes its share of the clips, and all get all."
-    n, i = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
+    n, i = place(accelerator)
     mine = clips.tensor_split(n)[i].split(8)
     latents = torch.cat([encode_video(vae, to_model(part).transpose(1, 2)).half() for part in tqdm(mine, desc="encoding", disable=i > 0 or "IN_TEST" in os.environ)])
-    if accelerator: latents = torch.cat(gather_object([latents]))
+    if accelerator: latents = torch.cat(gather_object([latents.cpu()]))
     rows = [(*forms, "") for forms in captions]
     number = {caption: i for i, caption in enumerate(sorted({c for row in rows for c in row}))}
     return LatentClips(latents, torch.tensor([[number[c] for c in row] for row in rows]), embed_captions(text_encoder, tokenizer, list(number)))
@@ -433,7 +437,7 @@ def train_encoders(runs: Path, captions: Sequence[Sequence[str]], clips: Tensor,
     "The autoencoder, with its scaling factor measured, and nano-CLIP: `(vae, clip, tokenizer)`, frozen."
     tokenizer = tokenizer_for(captions)
     torch.manual_seed(0)
-    processes, me = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
+    processes, me = place(accelerator)
     vae, clip = nano_autoencoder().to(device), NanoCLIP(nano_text_encoder(tokenizer), VideoEncoder()).to(device)
     options: dict[str, Any] = {n: dict(recipe=r, checkpoint=runs / f"{n}.ckpt", label=n) for n, r in recipes.items()}
     jobs = (lambda: fit(vae, draw_frames(clips), autoencoder_loss, **options["autoencoder"]),
