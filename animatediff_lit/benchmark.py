@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import animatediff_lit
 from .memory import check_memory_usage, example_inputs, human
 from .pipeline import AnimationPipeline, check_whole, first_line, last_line, quiet
-from .speed import FastPipeline, FastUNet, alternate, compiled, freezing, ratio
+from .speed import FastPipeline, FastUNet, alternate, ratio
 from .unet import UNet3DConditionModel
 from .video import write_whole
 
@@ -129,8 +129,9 @@ def prepare(ours: UNet3DConditionModel, theirs: nn.Module, mode: str) -> UNet3DC
     "Makes the two UNets ready for a mode; returns ours."
     if mode == "eager": return ours
     fast = FastUNet(ours)
-    if mode == "compiled": theirs.compile(dynamic=False, **freezing(theirs))
-    return compiled(fast) if "compiled" in mode else fast
+    if "compiled" in mode: fast.compile(dynamic=False)
+    if mode == "compiled": theirs.compile(dynamic=False)
+    return fast
 
 # %% ../nbs/17b_benchmark.ipynb #6ddccfa4
 def forward_calls(request: Request) -> dict[str, Callable[[], tuple[Tensor, ...]]]:

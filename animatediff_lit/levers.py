@@ -24,7 +24,7 @@ from .diffusion import NoiseSchedule
 from .evaluation import STRAIGHT, generate, grid, interval, judge, judge_all, summary, to_model, wilson
 from .latents import decode_video, encode_video
 from .pipeline import NANO, AnimationPipeline, predict
-from .training import (DECODER_NOISE, NANO_RECIPES, LatentClips, Recipe, decoder_loss, denoising_loss, draw_noisy, encode_scenes, fit,
+from .training import (CLIPS_BIAS, DECODER_NOISE, NANO_RECIPES, LatentClips, Recipe, decoder_loss, denoising_loss, draw_noisy, encode_scenes, fit,
                                       nano_schedule, nano_scheduler, reconstruction_loss, render_clips, reversal_probe, scene_latents, train_decoder,
                                       train_denoiser, train_images, training_scenes)
 from .unet import UNet3DConditionModel
@@ -33,8 +33,8 @@ from .video import Scene, draw_scenes, pixels_of, separate, solid, track, write_
 # %% auto #0
 __all__ = ['WEIGHTS', 'IMAGES', 'MOTION', 'LEVERS', 'RECORD', 'STILLS', 'HUGE_PAGES', 'Move', 'moves', 'way_gone', 'Lever',
            'weights_of', 'give_context', 'schedule_for', 'base_for', 'judged', 'train_lever', 'run_levers',
-           'lever_table', 'latents_of', 'wrong_shapes', 'train_stills', 'noisy_decoder', 'last_steps', 'made_latents',
-           'train_on_made', 'training_pass', 'seconds_of', 'paces', 'huge_page_shares', 'main']
+           'lever_table', 'latents_of', 'wrong_shapes', 'train_stills', 'noisy_decoder', 'last_steps', 'draw_both',
+           'made_latents', 'train_on_made', 'training_pass', 'seconds_of', 'paces', 'huge_page_shares', 'main']
 
 # %% ../nbs/10b_levers.ipynb #ad9c4023
 @dataclass(frozen=True)
@@ -231,6 +231,15 @@ def last_steps(pipe: AnimationPipeline, scenes: Sequence[Scene], steps: int, gen
         output = predict(pipe.unet, latents, t, text, blank.expand_as(text), scale)
         latents = pipe.scheduler.step(output, t, latents, eta=1.0, generator=generator).prev_sample
     return latents
+
+# %% ../nbs/10b_levers.ipynb #5a1c7e07
+def draw_both(data: LatentClips, bias: float = 2.0) -> Callable[[torch.Generator, int], dict[str, Tensor]]:
+    "For every second clip the timestep leans to the noise, as CLIPS_BIAS says, for the others by `bias` to the clip. An odd batch raises a ValueError."
+    def draw(g: torch.Generator, batch: int) -> dict[str, Tensor]:
+        if batch % 2: raise ValueError(f"A batch of {batch} clips has no two halves: choose an even number.")
+        noisy, clear = (data.draw(g, batch // 2, bias=b) for b in (CLIPS_BIAS, bias))
+        return {k: torch.stack([noisy[k], clear[k]], 1).flatten(0, 1) for k in noisy}
+    return draw
 
 # %% ../nbs/10b_levers.ipynb #5a1c7e0a
 def made_latents(pipe: AnimationPipeline, scenes: Sequence[Scene], most: int = 8, seed: int = 21) -> Tensor:

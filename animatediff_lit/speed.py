@@ -32,14 +32,14 @@ from .unet import DownBlock3D, MidBlock3D, UNet3DConditionModel, UpBlock3D, chec
 from .video import WORLD, Scene
 
 # %% auto #0
-__all__ = ['SPREAD', 'PIECE', 'SMALL', 'KNOWN', 'FROZEN', 'alternate', 'ratio', 'where_time_goes', 'count_flops', 'machine_rate',
+__all__ = ['SPREAD', 'PIECE', 'SMALL', 'KNOWN', 'alternate', 'ratio', 'where_time_goes', 'count_flops', 'machine_rate',
            'read_text', 'ask_text', 'by_head', 'Once', 'content', 'stages', 'read_time', 'spread', 'as_images',
            'as_clips', 'joint', 'ask_all', 'among_frames', 'among_pixels', 'think', 'convolve', 'normalise', 'project',
            'resnet_block', 'widen', 'spatial_transformer', 'motion_module', 'downsample', 'upsample', 'Kit',
            'all_joints', 'Walk', 'walk_down', 'walk_up', 'network', 'shallow', 'check_known', 'FastUNet', 'make_kit',
            'step', 'FastPipeline', 'fast_pipeline', 'share_found', 'score', 'time_against_quality', 'Trial', 'Trials',
-           'peak_of', 'twin', 'channels_last', 'forward_in_bf16', 'in_bf16', 'in_int8', 'freezing', 'compiled',
-           'distance', 'attempt', 'check_example', 'run_exactly', 'optimize_inference', 'with_unet']
+           'peak_of', 'twin', 'channels_last', 'forward_in_bf16', 'in_bf16', 'in_int8', 'compiled', 'distance',
+           'attempt', 'check_example', 'run_exactly', 'optimize_inference', 'with_unet']
 
 # %% ../nbs/17_speed.ipynb #7ed89410
 def alternate(runs: Mapping[str, Callable[[], Any]], rounds: int = 5, warmup: int = 1,
@@ -537,17 +537,10 @@ def in_int8(model: nn.Module) -> nn.Module:
     if not any("quantized" in type(m).__module__ for m in new.modules()): raise ValueError("there is no nn.Linear in it.")
     return new
 
-FROZEN = 2 ** 28
-
-def freezing(model: nn.Module) -> dict[str, Any]:
-    "What tells `torch.compile` to pack the weights, as they are at the first call, into copies of its own: for those on a CPU, of less than FROZEN bytes."
-    small = sum(p.nbytes for p in model.parameters()) < FROZEN and all(p.device.type == "cpu" for p in model.parameters())
-    return {"options": {"freezing": True}} if small else {}
-
 def compiled(model: nn.Module, backend: str = "inductor") -> nn.Module:
-    "A twin that is compiled when it is first called, a small one with `freezing`: it may not see later changes of the weights."
+    "A twin that is compiled when it is first called."
     new = twin(model)
-    new.compile(backend=backend, dynamic=False, **(freezing(model) if backend == "inductor" else {}))
+    new.compile(backend=backend, dynamic=False)
     return new
 
 # %% ../nbs/17_speed.ipynb #5dd143c0

@@ -33,7 +33,7 @@ from .unet import UNet3DConditionModel
 from .video import BACKGROUNDS, COLOURS, Scene, VideoFolder, caption_variant, contact_sheet, draw_scenes, png, reverse_motion, write_whole
 
 # %% auto #0
-__all__ = ['DECODER_NOISE', 'CAPTION_MIX', 'STILLS_BIAS', 'CLIPS_BIAS', 'CLEAR_BIAS', 'FAINT', 'NANO_RECIPES', 'STYLES_FOLDER',
+__all__ = ['DECODER_NOISE', 'CAPTION_MIX', 'STILLS_BIAS', 'CLIPS_BIAS', 'FAINT', 'NANO_RECIPES', 'STYLES_FOLDER',
            'step_generator', 'Recipe', 'learning_rate', 'save_checkpoint', 'load_checkpoint', 'place', 'my_part',
            'orthogonal', 'Muon', 'optimizers', 'Run', 'fit', 'reconstruction_loss', 'autoencoder_loss', 'render_clips',
            'draw_frames', 'draw_noisy', 'scale_latents', 'decoder_loss', 'train_decoder', 'contrastive_loss',
@@ -199,12 +199,11 @@ class Run:
 # %% ../nbs/10_training.ipynb #74c035d0
 def fit(model: nn.Module, draw: Callable, loss_fn: Callable, recipe: Recipe, checkpoint: str | Path | None = None,
         accelerator: Any = None, label: str = "training", until: int | None = None,
-        watch: Callable[[int, list], None] | None = None, late: Callable | None = None) -> list[dict[str, float]]:
+        watch: Callable[[int, list], None] | None = None) -> list[dict[str, float]]:
     """Train the unfrozen parameters of `model` and leave their running average in it; returns the log.
 
     `draw(generator, batch)` gives a dict of tensors with `batch` rows, `loss_fn(model, **tensors)` a loss and a dict of
-    numbers to log; in the last quarter of the steps `late`, if given, draws in its place. With `checkpoint`, the run is saved there
-    and continues from there. `until` stops early, as a kill would.
+    numbers to log. With `checkpoint`, the run is saved there and continues from there. `until` stops early, as a kill would.
     `watch(step, history)` is called every `recipe.watch_every` steps, while the model has its averaged weights.
     """
     run, part = Run(model, recipe), my_part(recipe.batch, accelerator)
@@ -215,8 +214,7 @@ def fit(model: nn.Module, draw: Callable, loss_fn: Callable, recipe: Recipe, che
     logs, last = defaultdict(list), min(recipe.steps, until or recipe.steps)
     start = time.perf_counter() - (run.history[-1]["seconds"] if run.history else 0)
     for _ in (bar := tqdm(range(run.step, last), initial=run.step, total=recipe.steps, desc=label, mininterval=2, disable=not main or "IN_TEST" in os.environ)):
-        now = late if late and run.step >= recipe.steps * 3 // 4 else draw
-        inputs = now(step_generator(recipe.seed, run.step), recipe.batch)
+        inputs = draw(step_generator(recipe.seed, run.step), recipe.batch)
         loss, numbers = loss_fn(wrapped, **{k: v[part].to(device) for k, v in inputs.items()})
         loss.backward()
         run.update()
@@ -313,7 +311,7 @@ def draw_pairs(captions: Sequence[Sequence[str]], clips: Tensor, tokenizer: Any)
     return draw
 
 # %% ../nbs/10_training.ipynb #bb790835
-STILLS_BIAS, CLIPS_BIAS, CLEAR_BIAS = 1.6, 0.7, 2.0
+STILLS_BIAS, CLIPS_BIAS = 1.6, 0.7
 
 # %% ../nbs/10_training.ipynb #30614c18
 class LatentClips:
@@ -322,7 +320,7 @@ class LatentClips:
     def __init__(self, latents: Tensor, table: Tensor, embeddings: Tensor):
         self.latents, self.table, self.embeddings = latents, table, embeddings
 
-    def draw(self, g: torch.Generator, batch: int, stills: bool = False, bias: float | Tensor = 1.0, steps: int = 1000) -> dict[str, Tensor]:
+    def draw(self, g: torch.Generator, batch: int, stills: bool = False, bias: float = 1.0, steps: int = 1000) -> dict[str, Tensor]:
         "Clean latents, noise, one timestep `steps * u ** bias` for each clip, and the text: what `denoising_loss` takes."
         i = torch.randint(len(self.latents), (batch,), generator=g)
         kind = torch.multinomial(torch.tensor([*CAPTION_MIX, 1 - sum(CAPTION_MIX)]), batch, True, generator=g)
@@ -334,10 +332,6 @@ class LatentClips:
     def draw_stills(self, g: torch.Generator, batch: int) -> dict[str, Tensor]: return self.draw(g, batch, stills=True, bias=STILLS_BIAS)
 
     def draw_clips(self, g: torch.Generator, batch: int) -> dict[str, Tensor]: return self.draw(g, batch, bias=CLIPS_BIAS)
-
-    def draw_both(self, g: torch.Generator, batch: int) -> dict[str, Tensor]:
-        "For every second clip the timestep leans to the noise, as CLIPS_BIAS says, for the others to the clip, as CLEAR_BIAS says."
-        return self.draw(g, batch, bias=torch.tensor([CLIPS_BIAS, CLEAR_BIAS]).repeat(batch)[:batch])
 
 # %% ../nbs/10_training.ipynb #1d155ba8
 @torch.no_grad()
@@ -401,7 +395,7 @@ def train_images(unet: UNet3DConditionModel, data: LatentClips, recipe: Recipe, 
 def train_motion(unet: UNet3DConditionModel, data: LatentClips, recipe: Recipe, **options: Any) -> list[dict[str, float]]:
     "Stage 2: the motion modules learn from clips; everything else is frozen and does not change by a bit."
     unet.set_motion(True).set_frozen("spatial")
-    history = train_denoiser(unet, data.draw_clips, recipe, faint=FAINT, label="stage 2: motion", late=data.draw_both, **options)
+    history = train_denoiser(unet, data.draw_clips, recipe, faint=FAINT, label="stage 2: motion", **options)
     unet.set_frozen(None)
     return history
 
@@ -427,7 +421,7 @@ NANO_RECIPES = {
     "autoencoder": Recipe(steps=2000, batch=32, lr=2e-3, ema=0.998, seed=1),
     "text": Recipe(steps=1800, batch=128, lr=3e-3, ema=0.995, seed=2, muon=True),
     "decoder": Recipe(steps=600, batch=32, lr=1e-3, warmup=50, ema=0.995, seed=8),
-    "images": Recipe(steps=3400, batch=64, lr=4e-3, seed=4, muon=True),
+    "images": Recipe(steps=4500, batch=64, lr=4e-3, seed=4, muon=True),
     "motion": Recipe(steps=4400, batch=8, lr=8e-3, seed=5, muon=True)}
 
 # %% ../nbs/10_training.ipynb #d6aff008

@@ -8,10 +8,10 @@ import torch
 
 from animatediff_lit import levers
 from animatediff_lit.evaluation import STRAIGHT
-from animatediff_lit.levers import (IMAGES, LEVERS, MOTION, RECORD, Lever, base_for, last_steps, lever_table, made_latents, main, moves, paces,
+from animatediff_lit.levers import (IMAGES, LEVERS, MOTION, RECORD, Lever, base_for, draw_both, last_steps, lever_table, made_latents, main, moves, paces,
                                     run_levers, train_lever, way_gone)
 from animatediff_lit.pipeline import AnimationPipeline
-from animatediff_lit.training import encode_scenes
+from animatediff_lit.training import CLIPS_BIAS, LatentClips, encode_scenes
 from animatediff_lit.video import Video, draw_scenes, read_clip
 
 OPPOSITE = dict(zip(STRAIGHT, (STRAIGHT[1], STRAIGHT[0], STRAIGHT[3], STRAIGHT[2])))
@@ -89,6 +89,15 @@ def test_the_record_holds_every_lever():
     assert all(run["n"] == 330 and run["history"][-1]["step"] == run["recipe"]["steps"] == 2000 for run in record["stills"])
     for name, runs in (item for part in parts for item in part.items()):
         for run in runs: assert Lever(**run["lever"]) == LEVERS[name] and len(run["gone"]) == len(run["motion"]) == len(record["levers"]["as nano"][0]["gone"])
+
+
+def test_every_second_clip_leans_to_the_noise():
+    data = LatentClips(torch.randn(3, 4, 2, 2, 2), torch.zeros(3, 5, dtype=torch.long), torch.randn(1, 4, 8))
+    drawn = draw_both(data)(torch.Generator().manual_seed(0), 10_000)
+    noisy, clear = drawn["t"].float().div(1000).reshape(-1, 2).mean(0)
+    assert noisy == pytest.approx(1 / (1 + CLIPS_BIAS), abs=0.02) and clear == pytest.approx(1 / 3, abs=0.02)
+    assert {k: len(v) for k, v in drawn.items()} == dict.fromkeys(("clean", "noise", "t", "text"), 10_000)
+    with pytest.raises(ValueError, match="5 clips has no two halves"): draw_both(data)(torch.Generator(), 5)
 
 
 def test_the_last_steps_begin_at_the_clip_and_stray_with_their_number():

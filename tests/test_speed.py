@@ -325,15 +325,6 @@ def test_the_fast_network_compiles_into_one_graph():
     assert len(graphs) == 1
 
 
-def test_the_compiler_packs_weights_that_are_small_and_on_a_cpu(monkeypatch):
-    given = []
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: given.append(options.get("options")))
-    for model, backend in ((FeedForward(8), "inductor"), (FeedForward(8), "eager"), (FeedForward(8).to("meta"), "inductor")): speed.compiled(model, backend)
-    monkeypatch.setattr(speed, "FROZEN", 1000)
-    speed.compiled(FeedForward(8))
-    assert given == [{"freezing": True}, None, None, None]
-
-
 def test_bf16_and_then_compiled_is_still_bf16():
     model = FastUNet(unet())
     both = speed.compiled(speed.in_bf16(model), "eager")

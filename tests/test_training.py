@@ -12,7 +12,7 @@ import torch
 
 from animatediff_lit.pipeline import AnimationPipeline
 from animatediff_lit.speed import FastUNet
-from animatediff_lit.training import CLEAR_BIAS, CLIPS_BIAS, NANO_RECIPES, LatentClips, Muon, Recipe, StyledUNet, add_delta, main, orthogonal, save_delta, train_images, train_motion, train_nano, train_style
+from animatediff_lit.training import NANO_RECIPES, LatentClips, Muon, Recipe, StyledUNet, add_delta, main, orthogonal, save_delta, train_images, train_motion, train_nano, train_style
 from animatediff_lit.unet import UNet3DConditionModel
 from animatediff_lit.video import Scene, Video
 
@@ -84,20 +84,6 @@ def test_timesteps_of_stills_lean_to_little_noise_and_others_as_told():
     for draw, below in ((data().draw, 0.5), (data().draw_stills, 0.5 ** (1 / 1.6)), (partial(data().draw, bias=0.5), 0.25)):
         t = draw(torch.Generator().manual_seed(3), 2000)["t"]
         assert t.min() >= 0 and t.max() < 1000 and (t < 500).float().mean().item() == pytest.approx(below, abs=0.04)
-
-
-def test_every_second_clip_leans_to_the_noise_and_the_others_to_the_clip():
-    noisy, clear = data().draw_both(torch.Generator().manual_seed(0), 4000)["t"].float().div(1000).reshape(-1, 2).mean(0)
-    assert noisy == pytest.approx(1 / (1 + CLIPS_BIAS), abs=0.02) and clear == pytest.approx(1 / (1 + CLEAR_BIAS), abs=0.02)
-    assert {k: len(v) for k, v in data().draw_both(torch.Generator(), 5).items()} == dict.fromkeys(("clean", "noise", "t", "text"), 5)
-
-
-def test_the_last_quarter_of_stage_2_draws_both(monkeypatch):
-    drawn = []
-    for name in ("draw_clips", "draw_both"):
-        monkeypatch.setattr(LatentClips, name, lambda self, g, batch, name=name: drawn.append(name) or self.draw(g, batch))
-    train_motion(new_unet(), data(), Recipe(steps=7, batch=1, warmup=1))
-    assert drawn == ["draw_clips"] * 5 + ["draw_both"] * 2
 
 
 def test_the_seconds_of_a_resumed_run_go_on(tmp_path):
