@@ -14,8 +14,8 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import date
 from functools import partial
@@ -33,8 +33,9 @@ from .video import write_whole
 # %% auto #0
 __all__ = ['LIMITS', 'SUBJECTS', 'MODES', 'CLOCKS', 'TIME_BARS', 'MEMORY_BAR', 'HEAD', 'RECORD', 'distance', 'Subject', 'on_meta',
            'twin', 'fill', 'random_unet', 'check_among', 'Request', 'prepare', 'forward_calls', 'their_pipeline',
-           'clip_calls', 'calls', 'forget_peak', 'call_memory', 'in_child', 'alone', 'measure', 'memory_of', 'imports',
-           'verdict', 'cells', 'table', 'processor', 'machine', 'benchmark', 'write', 'main']
+           'clip_calls', 'calls', 'forget_peak', 'call_memory', 'in_child', 'alone', 'serve', 'two_processes',
+           'measure', 'memory_of', 'imports', 'verdict', 'cells', 'table', 'processor', 'machine', 'benchmark', 'write',
+           'main']
 
 # %% ../nbs/17b_benchmark.ipynb #3512204b
 LIMITS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 1e-1}
@@ -208,25 +209,51 @@ def alone(side: str, request: Request) -> dict[str, int]:
     if done.returncode == 0: return json.loads(done.stdout.splitlines()[-1])
     raise RuntimeError(f"The memory of {side} could not be measured: {last_line(RuntimeError(done.stderr)) if done.stderr.strip() else f'exit status {done.returncode}'}")
 
+# %% ../nbs/17b_benchmark.ipynb #e0d44102
+def serve() -> None:
+    "The program of a process that runs one side whenever it is sent a line."
+    side, request = sys.argv[1], Request(**json.loads(sys.argv[2]))
+    torch.set_num_threads(request.threads)
+    run = calls(request)[side]
+    for _ in sys.stdin:
+        run()
+        print("done", flush=True)
+
+@contextmanager
+def two_processes(request: Request) -> Iterator[dict[str, Callable[[], None]]]:
+    "The two runs of a request, each in a process of its own. One that fails raises a RuntimeError."
+    code = "from animatediff_lit.benchmark import serve; serve()"
+    with ExitStack() as stack:
+        def start(side: str) -> Callable[[], None]:
+            child = stack.enter_context(subprocess.Popen([sys.executable, "-c", code, side, json.dumps(asdict(request))], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+            def run() -> None:
+                assert child.stdin and child.stdout
+                with suppress(BrokenPipeError): print(file=child.stdin, flush=True)
+                if child.stdout.readline() != "done\n": raise RuntimeError(f"The process of {side} has ended; its last words are above.")
+            return run
+        yield {side: start(side) for side in ("ours", "diffusers")}
+
 # %% ../nbs/17b_benchmark.ipynb #02086624
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
-def measure(request: Request, rounds: int = 5, clock: str = "wall", memory: bool = True) -> dict[str, Any]:
-    "One row of the table, as a dict. Its `status` is 'same', or 'FAIL', or, of what cannot be compiled here, 'not run'."
+def measure(request: Request, rounds: int = 5, clock: str = "wall", memory: bool = True, apart: bool = False) -> dict[str, Any]:
+    "One row of the table, as a dict. Its `status` is 'same', or 'FAIL', or, of what cannot be compiled here, 'not run'. `apart`: timed in `two_processes`."
     if "compiled" in request.mode: torch.compiler.reset()
-    row: dict[str, Any] = asdict(request) | {"limit": LIMITS[request.dtype]}
+    row: dict[str, Any] = asdict(request) | {"limit": LIMITS[request.dtype], "apart": apart}
     try:
         runs = calls(request)
-        apart = distance(*(runs[side]() for side in ("ours", "diffusers")))
+        gap = distance(*(runs[side]() for side in ("ours", "diffusers")))
     except Exception as error:
         if "compiled" not in request.mode: raise
         return row | {"status": "not run", "reason": first_line(error)}
-    row |= {"difference": apart if math.isfinite(apart) else None, "status": "same" if apart <= row["limit"] else "FAIL"}
+    row |= {"difference": gap if math.isfinite(gap) else None, "status": "same" if gap <= row["limit"] else "FAIL"}
     if row["status"] == "FAIL": return row | {"reason": "the outputs differ"}
-    row["seconds"] = alternate(runs, rounds, 0, CLOCKS[clock])                 # the comparison was the warm-up
-    row["time"] = ratio(row["seconds"], "ours", "diffusers")
+    if not apart: row["seconds"] = alternate(runs, rounds, 0, CLOCKS[clock])   # the comparison was the warm-up
     del runs                                                                   # what it holds is in the way of the next
     gc.collect()
+    if apart:
+        with two_processes(request) as others: row["seconds"] = alternate(others, rounds)
+    row["time"] = ratio(row["seconds"], "ours", "diffusers")
     return row | (memory_of(request) if memory else {})
 
 # %% ../nbs/17b_benchmark.ipynb #5702015c
@@ -256,7 +283,7 @@ def verdict(value: float, bar: float | None) -> str:
 def cells(row: Mapping[str, Any]) -> list[str]:
     "One row of the table as text."
     other = "torch" if row["subject"] == "import" else "diffusers"
-    out = [row["subject"], str(row.get("frames", "")), row.get("mode", ""), row["status"] + (f" ({row['difference']:.0e})" if row.get("difference") is not None else "")]
+    out = [row["subject"], str(row.get("frames", "")), row.get("mode", "") + ", apart" * row.get("apart", False), row["status"] + (f" ({row['difference']:.0e})" if row.get("difference") is not None else "")]
     if "time" not in row: return [*out, row["reason"], *[""] * 6]
     middle, least, most = row["time"]
     out += [f"{sorted(row['seconds'][side])[len(row['seconds'][side]) // 2]:.2f}" for side in ("ours", other)]
@@ -288,17 +315,18 @@ def machine(device: str, threads: int, clock: str) -> dict[str, Any]:
 
 # %% ../nbs/17b_benchmark.ipynb #82225a76
 def benchmark(subjects: Sequence[str] = ("nano",), frames: Sequence[int] = (16,), modes: Sequence[str] = MODES, rounds: int = 5, clock: str = "wall",
-              memory: bool = True, out: str | Path | None = None, threads: int | None = None, **options: Any) -> dict[str, Any]:
+              memory: bool = True, out: str | Path | None = None, threads: int | None = None, apart: bool = False, **options: Any) -> dict[str, Any]:
     """Measures every subject with every number of frames in every mode; returns the record: `rows`, and the `machine`.
 
-    The subject "import" stands for `imports`; `options` are those of `Request`. `out`: a folder for benchmark.json and table.md,
+    The subject "import" stands for `imports`; `apart` is that of `measure`; `options` are those of `Request`. `out`: a folder for benchmark.json and table.md,
     which are written anew after every row. What cannot be measured raises a ValueError before any work.
     """
     before = torch.get_num_threads()
     threads = before if threads is None else threads
     wanted = [Request(s, n, mode, threads=threads, **options) for s in subjects if s != "import" for n in frames for mode in modes]
-    jobs = [partial(measure, request, rounds, clock, memory) for request in wanted] + [partial(imports, rounds, clock)] * ("import" in subjects)
+    jobs = [partial(measure, request, rounds, clock, memory, apart) for request in wanted] + [partial(imports, rounds, clock)] * ("import" in subjects)
     check_whole("rounds", rounds, 1, 1000, "give a whole number, at least 1.")
+    if apart and clock != "wall": raise ValueError(f"clock is {clock!r}: give wall with apart, for the seconds of other processes are not counted here.")
     if out is not None and Path(out).is_file(): raise NotADirectoryError(f"{out} is a file: give a folder for the table.")
     record: dict[str, Any] = {"machine": machine(options.get("device", "cpu"), threads, clock), "rows": []}
     torch.set_num_threads(threads)
@@ -331,6 +359,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", default="float32", help=", ".join(LIMITS))
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu counts CPU seconds, for a machine that is not quiet")
+    parser.add_argument("--apart", action="store_true", help="time each side in a process of its own")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave out the peak memory, which takes two processes a row")
     parser.add_argument("--out", default="benchmark", help="folder for benchmark.json and table.md")
     try: record = benchmark(**vars(parser.parse_args(argv)))

@@ -32,14 +32,14 @@ from .unet import DownBlock3D, MidBlock3D, UNet3DConditionModel, UpBlock3D, chec
 from .video import WORLD, Scene
 
 # %% auto #0
-__all__ = ['SPREAD', 'PIECE', 'SMALL', 'KNOWN', 'alternate', 'ratio', 'where_time_goes', 'count_flops', 'machine_rate',
-           'read_text', 'ask_text', 'by_head', 'Once', 'content', 'stages', 'read_time', 'spread', 'as_images',
-           'as_clips', 'joint', 'ask_all', 'among_frames', 'among_pixels', 'think', 'convolve', 'normalise', 'project',
-           'resnet_block', 'widen', 'spatial_transformer', 'motion_module', 'downsample', 'upsample', 'Kit',
-           'all_joints', 'Walk', 'walk_down', 'walk_up', 'network', 'shallow', 'check_known', 'FastUNet', 'make_kit',
-           'step', 'FastPipeline', 'fast_pipeline', 'share_found', 'score', 'time_against_quality', 'Trial', 'Trials',
-           'peak_of', 'twin', 'channels_last', 'forward_in_bf16', 'in_bf16', 'in_int8', 'compiled', 'distance',
-           'attempt', 'check_example', 'run_exactly', 'optimize_inference', 'with_unet']
+__all__ = ['ONEDNN', 'SPREAD', 'PIECE', 'SMALL', 'KNOWN', 'alternate', 'ratio', 'where_time_goes', 'product', 'project',
+           'machine_rate', 'count_flops', 'read_text', 'ask_text', 'by_head', 'Once', 'content', 'stages', 'read_time',
+           'spread', 'as_images', 'as_clips', 'joint', 'ask_all', 'among_frames', 'among_pixels', 'think', 'convolve',
+           'normalise', 'resnet_block', 'widen', 'spatial_transformer', 'motion_module', 'downsample', 'upsample',
+           'Kit', 'all_joints', 'Walk', 'walk_down', 'walk_up', 'network', 'shallow', 'check_known', 'FastUNet',
+           'make_kit', 'step', 'FastPipeline', 'fast_pipeline', 'share_found', 'score', 'time_against_quality', 'Trial',
+           'Trials', 'peak_of', 'twin', 'channels_last', 'forward_in_bf16', 'in_bf16', 'in_int8', 'compiled',
+           'distance', 'attempt', 'check_example', 'run_exactly', 'optimize_inference', 'with_unet']
 
 # %% ../nbs/17_speed.ipynb #7ed89410
 def alternate(runs: Mapping[str, Callable[[], Any]], rounds: int = 5, warmup: int = 1,
@@ -81,18 +81,34 @@ def where_time_goes(run: Callable[[], Any], rows: int = 8) -> str:
     lines = [f"| {name} | {count} | {spent / 1000:.1f} | {spent / total:.0%} |" for spent, name, count in found[:rows]]
     return "\n".join(["| operator | calls | ms | share |", "| --- | ---: | ---: | ---: |", *lines])
 
+# %% ../nbs/17_speed.ipynb #e0d44001
+ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)        # None where PyTorch was built without it
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    "`F.linear`, for float32 on a CPU by oneDNN, and without gradients; `torch.compile` has its own way."
+    plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if ONEDNN is None or not plain or torch.compiler.is_compiling(): return F.linear(x, weight, bias)
+    return ONEDNN(x, weight, bias, "none", [], "")                   # with nothing fused behind it
+
+def project(layer: Any, x: Tensor) -> Tensor:
+    "A linear layer, or a 1 x 1 convolution of `(..., c)`."
+    return product(x, layer.weight.flatten(1), layer.bias)
+
+# %% ../nbs/17_speed.ipynb #e0d44002
+def machine_rate(size: int = 1024, rounds: int = 5, clock: Callable[[], float] = time.perf_counter) -> float:
+    "What this machine does in one second of a matrix product of `size`, in float32, by the better library: multiplications and additions."
+    check_whole("size", size, 1, 2 ** 15, "give a whole number from 1 to 32768.")
+    a = torch.randn(size, size)
+    with torch.no_grad(): seconds = alternate({"F.linear": lambda: F.linear(a, a), "product": lambda: product(a, a)}, rounds, clock=clock)
+    return 2 * size ** 3 / min(map(min, seconds.values()))
+
 # %% ../nbs/17_speed.ipynb #69773b56
 def count_flops(run: Callable[[], Any]) -> int:
     "Multiplications and additions of the matrix products and convolutions in `run()`; a product of n x k and k x m is 2nkm."
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter: run()
+    def linear(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int: return 2 * math.prod(x) * weight[0]
+    known = {} if ONEDNN is None else {ONEDNN: linear}
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=known) as counter: run()
     return counter.get_total_flops()
-
-# %% ../nbs/17_speed.ipynb #1fac023a
-def machine_rate(size: int = 1024, rounds: int = 5, clock: Callable[[], float] = time.perf_counter) -> float:
-    "What this machine does in one second of a matrix product of `size`, in float32: multiplications and additions."
-    check_whole("size", size, 1, 2 ** 15, "give a whole number from 1 to 32768.")
-    a = torch.randn(size, size)
-    return 2 * size ** 3 / min(alternate({"product": lambda: a @ a}, rounds, clock=clock)["product"])
 
 # %% ../nbs/17_speed.ipynb #4129fb7a
 def read_text(a: Any, text: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,8 +126,8 @@ def ask_text(a: Any, x: Tensor, read: tuple[Tensor, Tensor]) -> Tensor:
     "The cross-attention of all pixels `(b, f, s, c)` with a text that `read_text` has read -> the shape of x."
     (b, f, s, c), tokens, (first, second) = x.shape, x.flatten(1, 2), read
     if first.shape[1] == a.num_heads != c:                                                       # keys and values
-        q = by_head(a.to_q(tokens), a.num_heads)
-        return a.to_out[0](F.scaled_dot_product_attention(q, first, second).transpose(1, 2).reshape(b, f, s, c))
+        q = by_head(project(a.to_q, tokens), a.num_heads)
+        return project(a.to_out[0], F.scaled_dot_product_attention(q, first, second).transpose(1, 2).reshape(b, f, s, c))
     weights = (tokens @ first.flatten(2)).unflatten(-1, first.shape[2:]).softmax(-1)             # b (f s) h n
     return torch.baddbmm(a.to_out[0].bias, weights.flatten(2), second).view(b, f, s, c)
 
@@ -183,20 +199,20 @@ def joint(a: Any) -> Tensor:
 def ask_all(a: Any, x: Tensor, weight: Tensor | None = None) -> Sequence[Tensor]:
     "Queries, keys and values of `(b, f, s, c)`, each `(b, f, s, h, d)`; with `weight`, the `joint(a)`, in one product."
     h = a.num_heads
-    if weight is None: return [layer(x).unflatten(-1, (h, -1)) for layer in (a.to_q, a.to_k, a.to_v)]
-    return F.linear(x, weight).unflatten(-1, (h, 3, -1)).unbind(-2)
+    if weight is None: return [project(layer, x).unflatten(-1, (h, -1)) for layer in (a.to_q, a.to_k, a.to_v)]
+    return product(x, weight).unflatten(-1, (h, 3, -1)).unbind(-2)
 
 # %% ../nbs/17_speed.ipynb #377ae20e
 def among_frames(a: Any, x: Tensor, weight: Tensor | None = None) -> Tensor:
     "Every pixel attends to itself in all frames, in place: `(b, f, s, c)` -> the same shape. `weight`: `joint(a)`."
     q, k, v = (part.flatten(2, 3).transpose(1, 2) for part in ask_all(a, x, weight))             # b (s h) f d
-    return a.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
+    return project(a.to_out[0], F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
 
 # %% ../nbs/17_speed.ipynb #e9bad1bf
 def among_pixels(a: Any, x: Tensor, weight: Tensor | None = None) -> Tensor:
     "The pixels of a frame attend to each other: `(b, f, s, c)` -> the same shape. `weight`: `joint(a)`."
     q, k, v = (part.flatten(0, 1).transpose(1, 2) for part in ask_all(a, x, weight))             # (b f) h s d
-    return a.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
+    return project(a.to_out[0], F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
 
 # %% ../nbs/17_speed.ipynb #2046a97d
 PIECE = 1024                                         # tokens that go through a feed-forward layer at a time
@@ -206,8 +222,8 @@ def think(ff: Any, x: Tensor) -> Tensor:
     (value, gate), (to_value, to_gate) = ff.net[0].proj.weight.chunk(2), ff.net[0].proj.bias.chunk(2)
     parts = []
     for part in x.flatten(0, -2).split(PIECE):
-        wide = F.gelu(F.linear(part, gate, to_gate))
-        parts.append(ff.net[2](wide.mul_(F.linear(part, value, to_value))))
+        wide = F.gelu(product(part, gate, to_gate))
+        parts.append(project(ff.net[2], wide.mul_(product(part, value, to_value))))
     return torch.cat(parts).view(x.shape) if len(parts) > 1 else parts[0].view(x.shape)
 
 # %% ../nbs/17_speed.ipynb #1a041d3e
@@ -221,9 +237,6 @@ def convolve(conv: nn.Conv2d, x: Tensor, bias: Tensor | None) -> Tensor:
 def normalise(norm: VideoGroupNorm, x: Tensor) -> Tensor:
     if not norm.across_frames: return as_clips(nn.GroupNorm.forward(norm, as_images(x)), x.shape[1])
     return nn.GroupNorm.forward(norm, x.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1).contiguous()
-
-def project(layer: nn.Module, x: Tensor) -> Tensor:
-    return F.linear(x, layer.weight.flatten(1), layer.bias)  # type: ignore[operator, arg-type]
 
 # %% ../nbs/17_speed.ipynb #b36847d1
 def resnet_block(block: ResnetBlock, x: Tensor, time: Tensor) -> Tensor:

@@ -421,8 +421,8 @@ NANO_RECIPES = {
     "autoencoder": Recipe(steps=2000, batch=32, lr=2e-3, ema=0.998, seed=1),
     "text": Recipe(steps=1800, batch=128, lr=3e-3, ema=0.995, seed=2, muon=True),
     "decoder": Recipe(steps=600, batch=32, lr=1e-3, warmup=50, ema=0.995, seed=8),
-    "images": Recipe(steps=4500, batch=64, lr=4e-3, seed=4, muon=True),
-    "motion": Recipe(steps=4400, batch=8, lr=8e-3, seed=5, muon=True)}
+    "images": Recipe(steps=6000, batch=64, lr=4e-3, seed=4, muon=True),
+    "motion": Recipe(steps=8000, batch=8, lr=8e-3, seed=5, muon=True)}
 
 # %% ../nbs/10_training.ipynb #d6aff008
 def tokenizer_for(captions: Sequence[Sequence[str]]) -> Any:

@@ -87,6 +87,16 @@ def test_a_row():
     assert (least, most) == (min(turns), max(turns)) and least <= middle <= most and middle in turns
 
 
+def test_a_row_apart():
+    "Each side in a process of its own; they are gone behind it, and one that fails says so."
+    row = measure(TINY, rounds=2, memory=False, apart=True)
+    assert row["apart"] and [len(s) for s in row["seconds"].values()] == [2, 2] and min(map(min, row["seconds"].values())) > 0
+    assert "| eager, apart |" in table({"rows": [row], "machine": {}})
+    broken = Request("tiny", frames=2)
+    object.__setattr__(broken, "subject", "giant")
+    with bench.two_processes(broken) as runs, pytest.raises(RuntimeError, match="The process of ours has ended"): runs["ours"]()
+
+
 def test_a_wrong_side_fails(monkeypatch, tmp_path, capsys):
     "It gets no time, the others do, and the exit status says so."
     corrupt(monkeypatch)
@@ -187,6 +197,7 @@ def test_files_are_written_after_every_row(monkeypatch, tmp_path):
     (["--steps", "0"], "steps is 0: give a whole number from 1 to 1000."),
     (["--threads", "0"], "threads is 0: give a whole number, at least 1."),
     (["--pixels", "100"], "pixels is 100: give a multiple of 64."),
+    (["--apart", "--clock", "cpu"], "clock is 'cpu': give wall with apart, for the seconds of other processes are not counted here."),
     (["--dtype", "int8"], "dtype is 'int8': give float32, float16 or bfloat16."),
     (["--device", "tpu"], "device is 'tpu': give cpu or cuda."),
 ])
