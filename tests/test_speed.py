@@ -266,6 +266,22 @@ def test_alternate_refuses():
     with pytest.raises(ValueError, match="warmup"): alternate({"a": time.time}, warmup=-1)
 
 
+@pytest.mark.parametrize("onednn", [speed.ONEDNN, None], ids=["oneDNN", "without"])
+def test_product(onednn, monkeypatch):
+    "What F.linear gives, by oneDNN where that can be, and in other formats as PyTorch does it; and its work is counted."
+    monkeypatch.setattr(speed, "ONEDNN", onednn)
+    x, weight, bias = torch.randn(2, 3, 5, 8), torch.randn(6, 8), torch.randn(6)
+    for b in (None, bias):
+        out, right = speed.product(x, weight, b), torch.einsum("bfsc,oc->bfso", x.double(), weight.double()) + (0 if b is None else b.double())
+        assert out.shape == (2, 3, 5, 6) and (out - right).abs().max() < 1e-5
+    assert count_flops(lambda: speed.product(x, weight)) == 2 * 30 * 8 * 6
+    assert speed.product(x.bfloat16(), weight.bfloat16()).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16): assert speed.product(x, weight).dtype == torch.bfloat16
+    if onednn is not None:
+        with profile(activities=[ProfilerActivity.CPU]) as prof: speed.product(x, weight)
+        assert any("linear_pointwise" in event.key for event in prof.key_averages())
+
+
 def test_work_is_counted_with_the_attention():
     a, x = Attention(16, 2), torch.randn(3, 5, 16)
     assert count_flops(lambda: a(x)) == 2 * 3 * (4 * 5 * 16 * 16 + 2 * 5 * 5 * 16)
