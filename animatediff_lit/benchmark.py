@@ -33,9 +33,9 @@ from .video import write_whole
 # %% auto #0
 __all__ = ['LIMITS', 'SUBJECTS', 'MODES', 'CLOCKS', 'TIME_BARS', 'MEMORY_BAR', 'HEAD', 'RECORD', 'distance', 'Subject', 'on_meta',
            'twin', 'fill', 'random_unet', 'check_among', 'Request', 'prepare', 'forward_calls', 'their_pipeline',
-           'clip_calls', 'calls', 'forget_peak', 'call_memory', 'in_child', 'alone', 'serve', 'two_processes',
-           'measure', 'memory_of', 'imports', 'verdict', 'cells', 'table', 'processor', 'machine', 'benchmark', 'write',
-           'main']
+           'clip_calls', 'calls', 'forget_peak', 'call_memory', 'command', 'one_side', 'in_child', 'alone', 'serve',
+           'two_processes', 'measure', 'memory_of', 'imports', 'verdict', 'cells', 'table', 'processor', 'machine',
+           'benchmark', 'write', 'main']
 
 # %% ../nbs/17b_benchmark.ipynb #3512204b
 LIMITS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 1e-1}
@@ -194,27 +194,32 @@ def call_memory(run: Callable[[], Any], device: str = "cpu") -> dict[str, int]:
     return {"held": held, "call": check_memory_usage(device, show=False)["peak"] - held}
 
 # %% ../nbs/17b_benchmark.ipynb #139458f3
-def in_child() -> None:
-    "The program of the fresh process: which side and which request are on its command line."
+def command(program: str, side: str, request: Request) -> list[str]:
+    "The command of a fresh process that runs a `program` of this module, with a side and a request for `one_side`."
+    return [sys.executable, "-c", f"from animatediff_lit.benchmark import {program}; {program}()", side, json.dumps(asdict(request))]
+
+def one_side() -> tuple[Callable[[], Any], Request]:
+    "In such a process: the run that its command line asks for, and the request."
     side, request = sys.argv[1], Request(**json.loads(sys.argv[2]))
     torch.set_num_threads(request.threads)
-    run = calls(request)[side]                                                 # the other side is gone
+    return calls(request)[side], request                                       # the other side is gone
+
+def in_child() -> None:
+    "The program that measures memory."
+    run, request = one_side()
     print(json.dumps(call_memory(run, request.device)))
 
 # %% ../nbs/17b_benchmark.ipynb #bda7c1bb
 def alone(side: str, request: Request) -> dict[str, int]:
     "`call_memory` of one side in a fresh process. One that fails raises a RuntimeError with the last line that it said."
-    code, env = "from animatediff_lit.benchmark import in_child; in_child()", os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run([sys.executable, "-c", code, side, json.dumps(asdict(request))], env=env, capture_output=True, text=True)
+    done = subprocess.run(command("in_child", side, request), env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}, capture_output=True, text=True)
     if done.returncode == 0: return json.loads(done.stdout.splitlines()[-1])
     raise RuntimeError(f"The memory of {side} could not be measured: {last_line(RuntimeError(done.stderr)) if done.stderr.strip() else f'exit status {done.returncode}'}")
 
 # %% ../nbs/17b_benchmark.ipynb #e0d44102
 def serve() -> None:
-    "The program of a process that runs one side whenever it is sent a line."
-    side, request = sys.argv[1], Request(**json.loads(sys.argv[2]))
-    torch.set_num_threads(request.threads)
-    run = calls(request)[side]
+    "The program that runs a side whenever it is sent a line."
+    run, _ = one_side()
     for _ in sys.stdin:
         run()
         print("done", flush=True)
@@ -222,10 +227,9 @@ def serve() -> None:
 @contextmanager
 def two_processes(request: Request) -> Iterator[dict[str, Callable[[], None]]]:
     "The two runs of a request, each in a process of its own. One that fails raises a RuntimeError."
-    code = "from animatediff_lit.benchmark import serve; serve()"
     with ExitStack() as stack:
         def start(side: str) -> Callable[[], None]:
-            child = stack.enter_context(subprocess.Popen([sys.executable, "-c", code, side, json.dumps(asdict(request))], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+            child = stack.enter_context(subprocess.Popen(command("serve", side, request), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
             def run() -> None:
                 assert child.stdin and child.stdout
                 with suppress(BrokenPipeError): print(file=child.stdin, flush=True)

@@ -17,7 +17,7 @@ from measure import ROOT
 
 sys.path.insert(0, str(ROOT))
 from animatediff_lit.benchmark import machine
-from animatediff_lit.levers import HUGE_PAGES, latents_of, wrong_shapes
+from animatediff_lit.levers import HUGE_PAGES, latents_of, train_stills, wrong_shapes
 from animatediff_lit.pipeline import NANO, AnimationPipeline
 from animatediff_lit.training import loudness
 from animatediff_lit.video import write_whole
@@ -43,6 +43,13 @@ def looked_into(folder: str | Path, options: dict) -> dict[str, dict]:
     return {"stills": wrong_shapes(pipe, **options), "latents": latents_of(pipe) | {"loudness": loudness(pipe)}}
 
 
+def short_stage(folder: str | Path) -> dict:
+    "How many stills a short stage 1 gets right in a folder's latents: chapter 10's question to an autoencoder."
+    torch.set_num_threads(1)
+    short = train_stills(folder)
+    return {key: short[key] for key in ("recipe", "right", "n")}
+
+
 def record(out: Path) -> dict:
     "Trains and judges; the `whole` run of hour.json."
     seconds = python(*COMMAND.split(), out / "nano")
@@ -51,7 +58,8 @@ def record(out: Path) -> dict:
     judged = json.loads((out / "evaluation" / "evaluation.json").read_text())
     parts = {name: {key: rows[-1][key] for key in ("step", "seconds")} for name, rows in log["history"].items()}
     return {"command": f"python {COMMAND}", "machine": machine("cpu", 1, "wall"), "seconds": seconds, "parts": parts, "recipes": log["recipes"],
-            "options": judged["options"], "summary": judged["summary"]["model"], "wrong": mistakes(judged["rows"])} | looked_into(out / "nano", judged["options"])
+            "options": judged["options"], "summary": judged["summary"]["model"], "wrong": mistakes(judged["rows"]),
+            "short stage 1": short_stage(out / "nano")} | looked_into(out / "nano", judged["options"])
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def test_a_row():
 
 
 def test_a_row_apart():
-    "Each side in a process of its own; they are gone behind it, and one that fails says so."
+    "Each side in a process of its own, and one that fails says so."
     row = measure(TINY, rounds=2, memory=False, apart=True)
     assert row["apart"] and [len(s) for s in row["seconds"].values()] == [2, 2] and min(map(min, row["seconds"].values())) > 0
     assert "| eager, apart |" in table({"rows": [row], "machine": {}})
