@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 import numpy as np
@@ -22,19 +23,20 @@ import torch
 from torch import Tensor, nn
 from .diffusion import NoiseSchedule
 from .evaluation import STRAIGHT, generate, grid, interval, judge, judge_all, summary, to_model, wilson
-from .latents import decode_video, encode_video
+from .latents import decode_video, encode_video, nano_autoencoder
 from .pipeline import NANO, AnimationPipeline, predict
-from .training import (CLIPS_BIAS, DECODER_NOISE, NANO_RECIPES, LatentClips, Recipe, decoder_loss, denoising_loss, draw_noisy, encode_scenes, fit,
-                                      nano_schedule, nano_scheduler, reconstruction_loss, render_clips, reversal_probe, scene_latents, train_decoder,
-                                      train_denoiser, train_images, training_scenes)
+from .training import (CLIPS_BIAS, DECODER_NOISE, NANO_RECIPES, LatentClips, Recipe, autoencoder_loss, decoder_loss, denoising_loss, draw_frames,
+                                      draw_noisy, encode_scenes, fit, loudness, nano_schedule, nano_scheduler, reconstruction_loss, render_clips, reversal_probe,
+                                      scale_latents, scene_latents, train_decoder, train_denoiser, train_images, training_scenes)
 from .unet import UNet3DConditionModel
-from .video import Scene, draw_scenes, pixels_of, separate, solid, track, write_whole
+from .video import SHAPES, Scene, draw_scenes, pixels_of, separate, solid, track, write_whole
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'IMAGES', 'MOTION', 'LEVERS', 'RECORD', 'STILLS', 'HUGE_PAGES', 'Move', 'moves', 'way_gone', 'Lever',
            'weights_of', 'give_context', 'schedule_for', 'base_for', 'judged', 'train_lever', 'run_levers',
-           'lever_table', 'latents_of', 'wrong_shapes', 'train_stills', 'noisy_decoder', 'last_steps', 'draw_both',
-           'made_latents', 'train_on_made', 'training_pass', 'seconds_of', 'paces', 'huge_page_shares', 'main']
+           'lever_table', 'latents_of', 'wrong_shapes', 'train_stills', 'whiten_latents', 'train_autoencoder',
+           'noisy_decoder', 'last_steps', 'draw_both', 'made_latents', 'train_on_made', 'training_pass', 'seconds_of',
+           'paces', 'huge_page_shares', 'main']
 
 # %% ../nbs/10b_levers.ipynb #ad9c4023
 @dataclass(frozen=True)
@@ -182,12 +184,16 @@ RECORD = NANO.parent / "levers.json"
 
 # %% ../nbs/10b_levers.ipynb #c8402e91
 @torch.no_grad()
-def latents_of(pipe: AnimationPipeline, n: int = 66) -> dict[str, float]:
-    "Of a pipeline's autoencoder and `n` clips: its PSNR in dB, and the change of the latents from frame to frame, as a share of their variance."
+def latents_of(pipe: AnimationPipeline, n: int = 66) -> dict[str, Any]:
+    """Of a pipeline's autoencoder and `n` clips: its PSNR in dB, the change of the latents from frame to frame, as a share of their variance,
+    their `loudness`, and how far apart the two shapes are that are most `alike`, measured as loudness is."""
     clips = render_clips(grid(n))
     latents = encode_video(pipe.vae, to_model(clips).transpose(1, 2))
     error = np.square(decode_video(pipe.vae, latents) - clips.numpy().astype(float)).mean()
-    return {"psnr": 10 * float(np.log10(255 ** 2 / error)), "change": (latents.diff(dim=2).square().mean() / latents.var()).item()}
+    still = [replace(s, motion="standing still") for s in draw_scenes(n * 24 // 66, seed=8)]
+    shapes = [scene_latents(pipe, [replace(s, shape=shape) for s in still], frames=1) for shape in SHAPES]
+    return {"psnr": 10 * float(np.log10(255 ** 2 / error)), "change": (latents.diff(dim=2).square().mean() / latents.var()).item(), "loudness": loudness(pipe, n * 12 // 66),
+            "alike": min((a - b).square().sum(1).mean().item() for a, b in combinations(shapes, 2))}
 
 # %% ../nbs/10b_levers.ipynb #de8443b5
 STILLS = Recipe(steps=2000, batch=32, lr=4e-3, seed=4, muon=True)
@@ -207,7 +213,35 @@ def train_stills(encoders: str | Path, images: Recipe = STILLS, clips: int = 409
     pipe = AnimationPipeline(UNet3DConditionModel.from_preset("nano"), old.vae, old.text_encoder, old.tokenizer, nano_scheduler())
     history = train_images(pipe.unet, encode_scenes(pipe, training_scenes(clips)), images)
     right = n - sum(wrong_shapes(pipe, n, guidance_scale=2).values())
-    return {"recipe": asdict(images), "history": history, "right": right, "n": n} | latents_of(old)
+    return {"recipe": asdict(images), "history": history, "right": right, "n": n} | latents_of(old, min(n, 66))
+
+# %% ../nbs/10b_levers.ipynb #ae000002
+@torch.no_grad()
+def whiten_latents(vae: Any, clips: Tensor) -> None:
+    "Before training: give the latents of uint8 `clips (n, frames, h, w, 3)` mean 0, variance 1 and no correlation between channels, and little noise."
+    latents = encode_video(vae, to_model(clips).transpose(1, 2)).transpose(0, 1).flatten(1) / vae.config.scaling_factor
+    variances, directions = torch.linalg.eigh(latents.cov())
+    white = directions / variances.clamp(min=1e-6).sqrt() @ directions.T
+    layer, n = vae.quant_conv, len(latents)                            # its first n channels are the mean, the others the logarithm of the variance
+    layer.weight[:n] = torch.einsum("ij,j...->i...", white, layer.weight[:n])
+    layer.bias[:n] = white @ (layer.bias[:n] - latents.mean(1))
+    layer.bias[n:] = -4
+
+# %% ../nbs/10b_levers.ipynb #ae000007
+def train_autoencoder(out: str | Path, seed: int, white: bool = True, noise: float = 0.6, edges: float = 1.0,
+                      recipes: Mapping[str, Recipe] = NANO_RECIPES | {"images": STILLS}, clips: int = 4096, n: int = 330) -> dict[str, Any]:
+    "An autoencoder from nothing with nano's recipe but another seed, written to the folder `out` with nano's other parts, and a short stage 1 in its latents."
+    nano, frames = AnimationPipeline.from_pretrained("nano"), render_clips(training_scenes(clips))
+    draw = draw_frames(frames)
+    torch.manual_seed(1000 + seed)
+    vae = nano_autoencoder()
+    if white: whiten_latents(vae, frames[:256])
+    fit(vae, lambda g, batch: draw(g, batch) | {"more": noise * torch.rand(batch, 1, 1, 1, generator=g)}, partial(autoencoder_loss, edges=edges),
+        replace(recipes["autoencoder"], seed=seed))
+    scale_latents(vae, frames[:256])
+    train_decoder(vae, frames, recipes["decoder"])
+    AnimationPipeline(nano.unet, vae.eval(), nano.text_encoder, nano.tokenizer, nano_scheduler()).save_pretrained(out)
+    return {"seed": seed, "white": white, "noise": noise, "edges": edges} | train_stills(out, recipes["images"], clips, n)
 
 # %% ../nbs/10b_levers.ipynb #28ec6d78
 def noisy_decoder(noise: float, latents: Tensor, recipe: Recipe = NANO_RECIPES["decoder"], clips: int = 4096) -> dict[str, Any]:
@@ -217,7 +251,7 @@ def noisy_decoder(noise: float, latents: Tensor, recipe: Recipe = NANO_RECIPES["
     pipe.vae.eval()
     given = {"model": latents, "through the autoencoder": scene_latents(pipe, scenes)}
     made = {name: summary(judge_all(scenes, pipe.decode(z, [s.caption for s in scenes]))) for name, z in given.items()}
-    return {"noise": noise, "recipe": asdict(recipe), "history": history, "summary": made} | latents_of(pipe)
+    return {"noise": noise, "recipe": asdict(recipe), "history": history, "summary": made} | latents_of(pipe, min(len(latents), 66))
 
 # %% ../nbs/10b_levers.ipynb #5a1c7e02
 @torch.no_grad()

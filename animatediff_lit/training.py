@@ -235,11 +235,18 @@ def reconstruction_loss(decoded: Tensor, clean: Tensor) -> tuple[Tensor, dict[st
     squared = F.mse_loss(decoded, clean)
     return squared + 0.1 * F.l1_loss(decoded, clean), {"psnr": 10 * math.log10(4 / squared.item())}
 
-def autoencoder_loss(vae: Any, frames: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, float]]:
-    "Reconstruction of uint8 `frames (b, h, w, 3)`; `noise` is that of the latents."
+def autoencoder_loss(vae: Any, frames: Tensor, noise: Tensor, more: float | Tensor = 0.0, edges: float = 0.0) -> tuple[Tensor, dict[str, float]]:
+    """Reconstruction of uint8 `frames (b, h, w, 3)`, and `edges` times that of the differences between neighbouring pixels.
+
+    `noise` is that of the latents: as much as the encoder asks for, and `more`, in units of the latents' spread.
+    """
     clean = to_model(frames)
     latents = vae.encode(clean).latent_dist
-    loss, numbers = reconstruction_loss(vae.decode(latents.mean + latents.std * noise).sample, clean)
+    std = latents.std + more * latents.mean.std()
+    decoded = vae.decode(latents.mean + std * noise).sample
+    loss, numbers = reconstruction_loss(decoded, clean)
+    error = decoded - clean
+    loss = loss + edges * (error.diff(dim=-1).square().mean() + error.diff(dim=-2).square().mean())
     return loss + 3e-5 * latents.kl().mean() / (clean.shape[-1] // 4) ** 2, numbers
 
 # %% ../nbs/10_training.ipynb #3973a83f

@@ -19,7 +19,6 @@ sys.path.insert(0, str(ROOT))
 from animatediff_lit.benchmark import machine
 from animatediff_lit.levers import HUGE_PAGES, latents_of, train_stills, wrong_shapes
 from animatediff_lit.pipeline import NANO, AnimationPipeline
-from animatediff_lit.training import loudness
 from animatediff_lit.video import write_whole
 
 COMMAND = "-m torch.distributed.run --standalone --nproc-per-node 2 -m animatediff_lit.training --out"
@@ -40,7 +39,7 @@ def looked_into(folder: str | Path, options: dict) -> dict[str, dict]:
     "The image model alone, and the latents, of a pipeline's folder."
     torch.set_num_threads(1)
     pipe = AnimationPipeline.from_pretrained(folder)
-    return {"stills": wrong_shapes(pipe, **options), "latents": latents_of(pipe) | {"loudness": loudness(pipe)}}
+    return {"stills": wrong_shapes(pipe, **options), "latents": latents_of(pipe)}
 
 
 def short_stage(folder: str | Path) -> dict:
