@@ -129,8 +129,8 @@ def test_decode_without_unscaling_is_wrong():
     vae = nano_autoencoder().eval()
     assert vae.config.scaling_factor == 0.18215
     latents = torch.randn(1, 4, 2, 8, 8, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(): right = vae.decode(latents[:, :, 0] / 0.18215).sample
-    assert np.array_equal(decode_video(vae, latents)[0, 0], rearrange(to_uint8(right), "1 c h w -> h w c").numpy())
+    with torch.no_grad(): right = vae.decode(rearrange(latents, "1 c f h w -> f c h w") / 0.18215).sample
+    assert np.array_equal(decode_video(vae, latents)[0], rearrange(to_uint8(right), "f c h w -> f h w c").numpy())
 
 
 def test_to_uint8():
