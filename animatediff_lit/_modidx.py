@@ -1340,6 +1340,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'animatediff_lit/training.py'),
                                           'animatediff_lit.training.scene_latents': ( 'training.html#scene_latents',
                                                                                       'animatediff_lit/training.py'),
+                                          'animatediff_lit.training.shift': ('training.html#shift', 'animatediff_lit/training.py'),
                                           'animatediff_lit.training.step_generator': ( 'training.html#step_generator',
                                                                                        'animatediff_lit/training.py'),
                                           'animatediff_lit.training.tokenizer_for': ( 'training.html#tokenizer_for',

@@ -228,7 +228,7 @@ def whiten_latents(vae: Any, clips: Tensor) -> None:
     layer.bias[n:] = -4
 
 # %% ../nbs/10b_levers.ipynb #ae000007
-def train_autoencoder(out: str | Path, seed: int, white: bool = True, noise: float = 0.6, edges: float = 1.0,
+def train_autoencoder(out: str | Path, seed: int, white: bool = True, noise: float = 0.6, edges: float = 1.0, pixels: int = 3,
                       recipes: Mapping[str, Recipe] = NANO_RECIPES | {"images": STILLS}, clips: int = 4096, n: int = 330) -> dict[str, Any]:
     "An autoencoder from nothing with nano's recipe but another seed, written to the folder `out` with nano's other parts, and a short stage 1 in its latents."
     nano, frames = AnimationPipeline.from_pretrained("nano"), render_clips(training_scenes(clips))
@@ -236,12 +236,14 @@ def train_autoencoder(out: str | Path, seed: int, white: bool = True, noise: flo
     torch.manual_seed(1000 + seed)
     vae = nano_autoencoder()
     if white: whiten_latents(vae, frames[:256])
-    fit(vae, lambda g, batch: draw(g, batch) | {"more": noise * torch.rand(batch, 1, 1, 1, generator=g)}, partial(autoencoder_loss, edges=edges),
-        replace(recipes["autoencoder"], seed=seed))
+    def more(g: torch.Generator, batch: int) -> dict[str, Tensor]:
+        by = torch.randint(-pixels, pixels + 1, (batch, 2), generator=g) * torch.randint(2, (batch, 1), generator=g)
+        return draw(g, batch) | {"more": noise * torch.rand(batch, 1, 1, 1, generator=g), "by": by / frames.shape[-2]}
+    fit(vae, more, partial(autoencoder_loss, edges=edges), replace(recipes["autoencoder"], seed=seed))
     scale_latents(vae, frames[:256])
     train_decoder(vae, frames, recipes["decoder"])
     AnimationPipeline(nano.unet, vae.eval(), nano.text_encoder, nano.tokenizer, nano_scheduler()).save_pretrained(out)
-    return {"seed": seed, "white": white, "noise": noise, "edges": edges} | train_stills(out, recipes["images"], clips, n)
+    return {"seed": seed, "white": white, "noise": noise, "edges": edges, "pixels": pixels} | train_stills(out, recipes["images"], clips, n)
 
 # %% ../nbs/10b_levers.ipynb #28ec6d78
 def noisy_decoder(noise: float, latents: Tensor, recipe: Recipe = NANO_RECIPES["decoder"], clips: int = 4096) -> dict[str, Any]:

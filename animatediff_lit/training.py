@@ -35,13 +35,13 @@ from .video import BACKGROUNDS, COLOURS, Scene, VideoFolder, caption_variant, co
 # %% auto #0
 __all__ = ['DECODER_NOISE', 'CAPTION_MIX', 'STILLS_BIAS', 'CLIPS_BIAS', 'FAINT', 'NANO_RECIPES', 'STYLES_FOLDER',
            'step_generator', 'Recipe', 'learning_rate', 'save_checkpoint', 'load_checkpoint', 'place', 'my_part',
-           'orthogonal', 'Muon', 'optimizers', 'Run', 'fit', 'reconstruction_loss', 'autoencoder_loss', 'render_clips',
-           'draw_frames', 'draw_noisy', 'scale_latents', 'decoder_loss', 'train_decoder', 'contrastive_loss',
-           'captions_of', 'draw_pairs', 'LatentClips', 'embed_captions', 'encode_clips', 'nano_scheduler',
-           'nano_schedule', 'denoising_loss', 'train_denoiser', 'train_images', 'train_motion', 'scene_latents',
-           'reversal_probe', 'tokenizer_for', 'train_encoders', 'loss_figure', 'watcher', 'film_clips', 'save_nano',
-           'training_scenes', 'train_nano', 'processes', 'main', 'encode_scenes', 'train_style', 'save_delta',
-           'add_delta', 'StyledUNet', 'loudness']
+           'orthogonal', 'Muon', 'optimizers', 'Run', 'fit', 'reconstruction_loss', 'shift', 'autoencoder_loss',
+           'render_clips', 'draw_frames', 'draw_noisy', 'scale_latents', 'decoder_loss', 'train_decoder',
+           'contrastive_loss', 'captions_of', 'draw_pairs', 'LatentClips', 'embed_captions', 'encode_clips',
+           'nano_scheduler', 'nano_schedule', 'denoising_loss', 'train_denoiser', 'train_images', 'train_motion',
+           'scene_latents', 'reversal_probe', 'tokenizer_for', 'train_encoders', 'loss_figure', 'watcher', 'film_clips',
+           'save_nano', 'training_scenes', 'train_nano', 'processes', 'main', 'encode_scenes', 'train_style',
+           'save_delta', 'add_delta', 'StyledUNet', 'loudness']
 
 # %% ../nbs/10_training.ipynb #0d4b1a48
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -235,15 +235,24 @@ def reconstruction_loss(decoded: Tensor, clean: Tensor) -> tuple[Tensor, dict[st
     squared = F.mse_loss(decoded, clean)
     return squared + 0.1 * F.l1_loss(decoded, clean), {"psnr": 10 * math.log10(4 / squared.item())}
 
-def autoencoder_loss(vae: Any, frames: Tensor, noise: Tensor, more: float | Tensor = 0.0, edges: float = 0.0) -> tuple[Tensor, dict[str, float]]:
+def shift(pictures: Tensor, by: Tensor) -> Tensor:
+    "`pictures (n, c, h, w)`, each moved right and down `by (n, 2)`, in shares of its sides; what comes into view has the colour of the border."
+    turn = torch.cat([torch.eye(2).to(by).expand(len(by), 2, 2), -2 * by[..., None]], -1)
+    return F.grid_sample(pictures, F.affine_grid(turn, list(pictures.shape), align_corners=False), padding_mode="border", align_corners=False)
+
+def autoencoder_loss(vae: Any, frames: Tensor, noise: Tensor, more: float | Tensor = 0.0, edges: float = 0.0,
+                     by: Tensor | None = None) -> tuple[Tensor, dict[str, float]]:
     """Reconstruction of uint8 `frames (b, h, w, 3)`, and `edges` times that of the differences between neighbouring pixels.
 
-    `noise` is that of the latents: as much as the encoder asks for, and `more`, in units of the latents' spread.
+    `noise` is that of the latents: as much as the encoder asks for, and `more`, in units of the latents' spread. With `by (b, 2)` the latents
+    get a `shift`, and the frames as well. Sources: Yang et al. 2025 (noise), Mathieu et al. 2016 (edges), Kouzelis et al. and Zhou et al. 2025 (shift).
     """
     clean = to_model(frames)
     latents = vae.encode(clean).latent_dist
     std = latents.std + more * latents.mean.std()
-    decoded = vae.decode(latents.mean + std * noise).sample
+    given = latents.mean + std * noise
+    if by is not None: given, clean = shift(given, by), shift(clean, by)
+    decoded = vae.decode(given).sample
     loss, numbers = reconstruction_loss(decoded, clean)
     error = decoded - clean
     loss = loss + edges * (error.diff(dim=-1).square().mean() + error.diff(dim=-2).square().mean())
