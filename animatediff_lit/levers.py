@@ -236,10 +236,10 @@ def train_autoencoder(out: str | Path, seed: int, white: bool = True, noise: flo
     torch.manual_seed(1000 + seed)
     vae = nano_autoencoder()
     if white: whiten_latents(vae, frames[:256])
-    def more(g: torch.Generator, batch: int) -> dict[str, Tensor]:
+    def disturbed(g: torch.Generator, batch: int) -> dict[str, Tensor]:
         by = torch.randint(-pixels, pixels + 1, (batch, 2), generator=g) * torch.randint(2, (batch, 1), generator=g)
         return draw(g, batch) | {"more": noise * torch.rand(batch, 1, 1, 1, generator=g), "by": by / frames.shape[-2]}
-    fit(vae, more, partial(autoencoder_loss, edges=edges), replace(recipes["autoencoder"], seed=seed))
+    fit(vae, disturbed, partial(autoencoder_loss, edges=edges), replace(recipes["autoencoder"], seed=seed))
     scale_latents(vae, frames[:256])
     train_decoder(vae, frames, recipes["decoder"])
     AnimationPipeline(nano.unet, vae.eval(), nano.text_encoder, nano.tokenizer, nano_scheduler()).save_pretrained(out)

@@ -254,8 +254,7 @@ def autoencoder_loss(vae: Any, frames: Tensor, noise: Tensor, more: float | Tens
     if by is not None: given, clean = shift(given, by), shift(clean, by)
     decoded = vae.decode(given).sample
     loss, numbers = reconstruction_loss(decoded, clean)
-    error = decoded - clean
-    loss = loss + edges * (error.diff(dim=-1).square().mean() + error.diff(dim=-2).square().mean())
+    if edges: loss = loss + edges * sum((decoded - clean).diff(dim=side).square().mean() for side in (-1, -2))
     return loss + 3e-5 * latents.kl().mean() / (clean.shape[-1] // 4) ** 2, numbers
 
 # %% ../nbs/10_training.ipynb #3973a83f
